@@ -1,0 +1,222 @@
+"""From records to the numbers of summary.json: arms, comparisons, paths, ceiling."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from harness.evidence import bootstrap
+from harness.evidence.records import Record, complete
+
+COMPONENTS = ("draft", "select", "attention", "ffn", "moe", "linear", "head", "accept")
+PAIRS = (("sparse", "ar"), ("sparse", "dense"), ("dense", "ar"))
+OPTIONAL_PAIRS = (("sparse_ar", "ar"),)
+
+
+def summarise(
+    records: Sequence[Record],
+    *,
+    arms: Sequence[str],
+    metrics: Sequence[str],
+    bandwidth: float | None = None,
+    peak_memory: Mapping[str, int | None] | None = None,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The measured part of summary.json (DESIGN section 4) over the examples that every arm finished.
+
+    Args:
+        records: any order; examples that lack an arm are left out.
+        metrics: names of the grades in points (0 to 100), the primary one first.
+        bandwidth: memory bandwidth of the device in bytes per second; None leaves the roofline fraction null.
+        peak_memory: bytes per arm.
+    Returns:
+        `examples`, `metrics`, `arms`, `compare`, `paths`, `ceiling`, `prompt_tokens`.
+    Raises:
+        ValueError: the arms of one example saw different prompts.
+    """
+    examples = complete(list(records), tuple(arms))
+    _check_prompts(examples)
+    by_arm = {arm: [rows[arm] for rows in examples.values()] for arm in arms}
+    blocks = {
+        arm: arm_block(rows, metrics, bandwidth=bandwidth, peak_memory=(peak_memory or {}).get(arm))
+        for arm, rows in by_arm.items()
+        if rows
+    }
+    paths: Counter[str] = Counter()
+    for rows in by_arm.values():
+        for record in rows:
+            paths.update(record.paths)
+    prompts = [next(iter(rows.values())).prompt_tokens for rows in examples.values()]
+    return {
+        "examples": len(examples),
+        "metrics": list(metrics),
+        "arms": blocks,
+        "compare": compare_block(by_arm, metrics, resamples=resamples, seed=seed),
+        "paths": dict(sorted(paths.items())),
+        "ceiling": ceiling(blocks),
+        "prompt_tokens": {"median": median(prompts), "max": max(prompts)} if prompts else {"median": None, "max": None},
+    }
+
+
+def _check_prompts(examples: Mapping[str, Mapping[str, Record]]) -> None:
+    for key, rows in examples.items():
+        if len({record.prompt_sha for record in rows.values()}) > 1:
+            raise ValueError(f"example {key!r}: the arms were given different prompts, their results are not paired")
+
+
+def arm_block(
+    rows: Sequence[Record], metrics: Sequence[str], *, bandwidth: float | None = None, peak_memory: int | None = None
+) -> dict[str, Any]:
+    """One arm's entry under `arms`; `rows` holds one record per example and is not empty.
+
+    `tokens` and `seconds` cover decoding only, `ttft_seconds` is the median over examples, means per step are weighted
+    by steps, fields of mechanisms that record nothing are null.
+    """
+    tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    step_ms = np.array([value for row in rows for value in row.step_ms])
+    step_bytes = _per_step(rows, "bytes_per_step")
+    mean_step = float(step_ms.mean()) / 1e3 if len(step_ms) else _ratio(seconds, steps)
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": _ratio(tokens, seconds),
+        "steps": steps,
+        "ttft_seconds": median(row.ttft_seconds for row in rows),
+        "acceptance_length": acceptance_length(rows),
+        "histogram": pooled_histogram(rows),
+        "quality": {name: float(np.mean([row.grade[name] for row in rows])) for name in metrics},
+        "step_ms": {
+            "p50": float(np.percentile(step_ms, 50)) if len(step_ms) else None,
+            "p90": float(np.percentile(step_ms, 90)) if len(step_ms) else None,
+        },
+        "components_ms": _components(rows, steps),
+        "bytes_per_step": step_bytes,
+        "flops_per_step": _per_step(rows, "flops_per_step"),
+        "density": {"attention": _per_step(rows, "attention_density"), "ffn": None, "experts": None},
+        "roofline_fraction": step_bytes / bandwidth / mean_step if step_bytes and bandwidth and mean_step else None,
+        "peak_memory_bytes": peak_memory,
+    }
+
+
+def acceptance_length(rows: Sequence[Record]) -> dict[str, float | None]:
+    """New tokens per target pass, bonus included: over all steps, and the mean of the requests' own means."""
+    own = [row.tokens / row.steps for row in rows if row.steps]
+    return {
+        "pooled": _ratio(sum(row.tokens for row in rows), sum(row.steps for row in rows)),
+        "per_request": sum(own) / len(own) if own else None,
+    }
+
+
+def pooled_histogram(rows: Sequence[Record]) -> list[int]:
+    """Element-wise sum of the records' histograms, as long as the longest."""
+    return [sum(counts) for counts in zip_longest(*(row.histogram for row in rows), fillvalue=0)]
+
+
+def _components(rows: Sequence[Record], steps: int) -> dict[str, float | None]:
+    parts: dict[str, float | None] = dict.fromkeys(COMPONENTS)
+    if steps:
+        parts["draft"] = 1e3 * sum(row.draft_seconds for row in rows) / steps
+        parts["accept"] = 1e3 * sum(row.accept_seconds for row in rows) / steps
+    return parts
+
+
+def _per_step(rows: Sequence[Record], name: str) -> float | None:
+    """Mean of a per-step field, weighted by steps, over the records that have it."""
+    known = [(getattr(row, name), row.steps) for row in rows if getattr(row, name) is not None and row.steps]
+    return _ratio(sum(value * steps for value, steps in known), sum(steps for _, steps in known))
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+def compare_block(
+    by_arm: Mapping[str, Sequence[Record]],
+    metrics: Sequence[str],
+    *,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The entry `compare`: speed-ups, quality deltas (sparse less dense) and fidelity, each paired by example.
+
+    A pair is null where one of its arms was not run.
+    """
+    result: dict[str, Any] = {}
+    for arm, base in PAIRS + tuple(pair for pair in OPTIONAL_PAIRS if by_arm.get(pair[0])):
+        result[f"{arm}_vs_{base}"] = speedup(by_arm.get(arm, ()), by_arm.get(base, ()), resamples=resamples, seed=seed)
+    sparse, dense, ar = (by_arm.get(arm, ()) for arm in ("sparse", "dense", "ar"))
+    result["quality_delta"] = {
+        name: quality_delta(sparse, dense, name, resamples=resamples, seed=seed) for name in metrics
+    }
+    result["fidelity"] = {
+        "agreement": None,
+        "kl": None,
+        "first_divergence": divergence(sparse, dense, "sparse"),
+        "accept_flips": None,
+        "noise_floor": divergence(dense, ar, "dense"),
+    }
+    return result
+
+
+def speedup(
+    rows: Sequence[Record], base: Sequence[Record], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+) -> dict[str, Any] | None:
+    """Ratio of pooled decode throughputs (tokens per second) with its 95% interval; null without either arm."""
+    if not rows or not base:
+        return None
+    columns = np.array(
+        [[a.tokens, a.seconds, b.tokens, b.seconds] for a, b in zip(rows, base, strict=True)], dtype=np.float64
+    )
+    totals = bootstrap.cluster_totals(columns, [row.group for row in rows])
+    value = float(bootstrap.ratio_of_rates(totals.sum(axis=0)))
+    if not np.isfinite(value):
+        return {"speedup": None, "ci95": None}
+    bounds = bootstrap.interval(totals, bootstrap.ratio_of_rates, resamples=resamples, seed=seed)
+    return {"speedup": value, "ci95": list(bounds) if bounds else None}
+
+
+def quality_delta(
+    rows: Sequence[Record], base: Sequence[Record], metric: str, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Mean paired difference in points with its 95% interval; nulls without either arm."""
+    if not rows or not base:
+        return {"delta": None, "ci95": None}
+    columns = np.array(
+        [[a.grade[metric] - b.grade[metric], 1.0] for a, b in zip(rows, base, strict=True)], dtype=np.float64
+    )
+    totals = bootstrap.cluster_totals(columns, [row.group for row in rows])
+    bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
+    return {
+        "delta": float(bootstrap.mean_difference(totals.sum(axis=0))),
+        "ci95": list(bounds) if bounds else None,
+    }
+
+
+def divergence(rows: Sequence[Record], base: Sequence[Record], name: str) -> dict[str, float | None] | None:
+    """Where outputs part: {name: median index of the first differing token, null if none differ, identical: share}."""
+    if not rows or not base:
+        return None
+    places = [first_difference(a.output_ids, b.output_ids) for a, b in zip(rows, base, strict=True)]
+    parted = [place for place in places if place is not None]
+    return {name: median(parted) if parted else None, "identical": 1.0 - len(parted) / len(places)}
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """Index of the first token that differs, or the shorter length where one is a prefix; None when equal."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def ceiling(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Largest speed-up that memory traffic allows: bytes of a dense step over bytes of a sparse step (METHOD 7)."""
+    dense, sparse = (blocks.get(arm, {}).get("bytes_per_step") for arm in ("dense", "sparse"))
+    return {"sparse_vs_dense": dense / sparse if dense and sparse else None}

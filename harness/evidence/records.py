@@ -1,0 +1,92 @@
+"""What one arm did on one example, as it is written to records.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class RecordError(ValueError):
+    """A stored record does not have the fields or the types of a `Record`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example decoded by one arm.
+
+    `output_ids` holds the kept new tokens. The first of them comes from the prefill that all arms share and is charged
+    to `ttft_seconds`, so `tokens` = len(output_ids) - 1 tokens were decoded within `seconds`. `histogram[i]` counts the
+    steps that yielded i new tokens, the bonus token included (METHOD section 8).
+    """
+
+    example_id: str
+    arm: str
+    output_ids: tuple[int, ...]
+    text: str
+    grade: dict[str, float]
+    seconds: float
+    ttft_seconds: float
+    steps: int
+    histogram: tuple[int, ...]
+    paths: dict[str, int]
+    prompt_sha: str
+    prompt_tokens: int
+    truncated_tokens: int = 0
+    cluster: str = ""
+    step_ms: tuple[float, ...] = ()
+    draft_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    attention_density: float | None = None
+    bytes_per_step: float | None = None
+    flops_per_step: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens decoded after the prefill, from the histogram."""
+        return sum(new * count for new, count in enumerate(self.histogram))
+
+    @property
+    def group(self) -> str:
+        """Cluster that is resampled as a whole; the example itself where none was named."""
+        return self.cluster or self.example_id
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only; `from_json` is the exact inverse."""
+        row = {name: getattr(self, name) for name in self.__slots__}
+        for name in _SEQUENCES:
+            row[name] = list(row[name])
+        return row
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Record:
+        """Read one line's object back.
+
+        Raises:
+            RecordError: it is no object, a required field is missing, or a sequence or mapping has another type.
+        """
+        if not isinstance(row, Mapping):
+            raise RecordError(f"unreadable record: {row!r} is no object")
+        known = {name: row[name] for name in cls.__slots__ if name in row}
+        try:
+            for name in _SEQUENCES:
+                if name in known:
+                    known[name] = tuple(known[name])
+            for name in _MAPPINGS:
+                if name in known:
+                    known[name] = dict(known[name])
+            return cls(**known)
+        except (TypeError, ValueError) as error:
+            raise RecordError(f"unreadable record of example {row.get('example_id')!r}: {error}") from None
+
+
+_SEQUENCES = ("output_ids", "histogram", "step_ms")
+_MAPPINGS = ("grade", "paths")
+
+
+def complete(records: list[Record], arms: tuple[str, ...]) -> dict[str, dict[str, Record]]:
+    """Examples that have a record of every arm: {example_id: {arm: Record}}, in the order of first appearance."""
+    by_example: dict[str, dict[str, Record]] = {}
+    for record in records:
+        by_example.setdefault(record.example_id, {})[record.arm] = record
+    return {key: rows for key, rows in by_example.items() if all(arm in rows for arm in arms)}

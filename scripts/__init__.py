@@ -1,0 +1,1 @@
+"""Programs over stored results and over run.py."""

@@ -1,0 +1,142 @@
+"""Cells of the tables: numbers as text, and text as Markdown or LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.evidence.rows import TIMES, Estimate, Row
+
+NOTHING = "\u2013"
+MINUS = "\u2212"
+ARROW = "\u2192"
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    NOTHING: "--",
+    MINUS: "$-$",
+    TIMES: r"$\times$",
+    ARROW: r"$\to$",
+    "\u0394": r"$\Delta$",
+    "\u2265": r"$\geq$",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text. Cells may hold line breaks, which only the screen keeps; a rule follows each of `sections`."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int] = frozenset()
+    sections: frozenset[int] = frozenset()
+
+
+def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
+    """A fixed number of digits, a true minus, a plus where `sign` asks for it, a dash for nothing."""
+    if value is None:
+        return NOTHING
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def estimate(value: Estimate, digits: int = 2, *, sign: bool = False, unit: str = "") -> str:
+    """Value with its unit and, on a second line, its 95% interval."""
+    if value.value is None:
+        return NOTHING
+    text = number(value.value, digits, sign=sign) + unit
+    if value.ci is None:
+        return text
+    low, high = (number(bound, digits, sign=sign) for bound in value.ci)
+    return f"{text}\n[{low}, {high}]"
+
+
+def share(block: Mapping[str, float | None] | None) -> str:
+    """Share of identical outputs in per cent."""
+    value = (block or {}).get("identical")
+    return NOTHING if value is None else f"{100 * value:.0f}%"
+
+
+def place(block: Mapping[str, float | None] | None, arm: str) -> str:
+    """Median index of the first differing token."""
+    value = (block or {}).get(arm)
+    return NOTHING if value is None else f"{value:.0f}"
+
+
+def same(row: Row) -> str:
+    """Identical outputs of sparse against dense and, in brackets, the noise floor; then where outputs part."""
+    if row.divergence is None and row.noise_floor is None:
+        return NOTHING
+    return (
+        f"{share(row.divergence)} ({share(row.noise_floor)})\n"
+        f"at {place(row.divergence, 'sparse')} ({place(row.noise_floor, 'dense')})"
+    )
+
+
+def quality(row: Row) -> str:
+    """Metric, dense value to sparse value."""
+    values = [number(row.quality.get(arm), 1) for arm in ("dense", "sparse")]
+    return NOTHING if values == [NOTHING, NOTHING] else f"{row.metric} {values[0]} {ARROW} {values[1]}"
+
+
+def markdown(grid: Grid) -> str:
+    """A GitHub-flavoured table under its title."""
+    rule = ["---:" if index in grid.right else "---" for index in range(len(grid.header))]
+    lines = [grid.header, tuple(rule), *grid.rows]
+    body = "\n".join(
+        "| " + " | ".join(" ".join(cell.split("\n")).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+    return f"### {grid.title}\n\n{body}\n" if grid.title else f"{body}\n"
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def latex(grid: Grid, notes: Sequence[str] = ()) -> str:
+    """A `table*` in booktabs style, scaled to the text width, the notes below (needs booktabs and graphicx)."""
+    columns = "".join("r" if index in grid.right else "l" for index in range(len(grid.header)))
+    body = []
+    for index, line in enumerate(grid.rows):
+        body.append(" & ".join(_latex_cell(cell) for cell in line) + r" \\")
+        body += [r"\midrule"] if index in grid.sections else []
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{escape(grid.title)}}}",
+            r"\resizebox{\textwidth}{!}{%",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(_latex_cell(cell) for cell in grid.header) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            *(rf"\par\smallskip{{\footnotesize {escape(note)}}}" for note in notes),
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _latex_cell(cell: str) -> str:
+    """One line; a leading bracket is wrapped, as it would be read as an option of the row end before it."""
+    text = escape(" ".join(cell.split("\n")))
+    return f"{{{text}}}" if text.startswith("[") else text
