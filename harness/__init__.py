@@ -1,0 +1,1 @@
+"""The harness: configuration, composition, decoding engine and evidence."""

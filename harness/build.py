@@ -1,0 +1,291 @@
+"""Composition root: from a configuration to the objects that run it. The only file that knows every concrete class."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+import tasks
+from harness import schema
+from harness.engine.decoding import Decoder, StopRule
+from harness.engine.drafting.base import Drafter, NoDrafter
+from harness.engine.drafting.lookup import LookupDrafter
+from harness.engine.model import loading
+from harness.engine.model.byte_tokenizer import ByteTokenizer
+from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions, model_shape
+from harness.engine.model.step import Step
+from harness.schema import Config, ConfigError
+from harness.timing import Clock, make_clock
+from sparse.budget import AttentionBudget
+from sparse.cost import ModelShape
+from sparse.trace import SPARSE_PATH
+from tasks.base import HubSource, Task, TaskSettings
+from tasks.prompting import Prepared, prepare
+
+SPARSE_ARMS = ("sparse", "sparse_ar")
+DRAFTING_ARMS = ("dense", "sparse")
+_MEMORY_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked run before anything expensive is loaded.
+
+    Attributes:
+        config: as resolved.
+        task, prepared: what is graded, and the prompts in order.
+        tokenizer: of the target model.
+        model_config: the library's configuration of the target model.
+        dtype, device, threads: resolved, no ``auto`` left.
+        capacity: cache positions that the longest prompt and its answer need.
+        budgets: per arm, what attention may skip.
+        required_paths: per arm, path counters that must not stay at zero.
+    """
+
+    config: Config
+    task: Task
+    prepared: list[Prepared]
+    tokenizer: Any
+    model_config: Any
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+    capacity: int
+    budgets: dict[str, AttentionBudget]
+    required_paths: dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model that decodes.
+
+    Attributes:
+        decoder: runs one sequence at a time.
+        drafters: per arm.
+        clock: the run's only clock.
+        shape: sizes of the model.
+    """
+
+    decoder: Decoder
+    drafters: dict[str, Drafter]
+    clock: Clock
+    shape: ModelShape
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The plain configuration with every ``auto`` replaced by what it means on this machine.
+
+    Raises:
+        ConfigError: the device is not present.
+    """
+    plain = schema.to_dict(config)
+    try:
+        device = loading.resolve_device(config.model.device)
+        dtype = loading.resolve_dtype(config.model.dtype, device)
+    except loading.ModelError as error:
+        raise ConfigError(str(error)) from error
+    plain["model"] |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    plain["engine"]["threads"] = thread_count(config)
+    return plain
+
+
+def thread_count(config: Config) -> int:
+    """CPU threads of the run: as configured, else every core this process may use."""
+    return config.engine.threads or len(os.sched_getaffinity(0))
+
+
+def plan(config: Config) -> Plan:
+    """Check everything that can be checked without weights: model, data, prompts, lengths, budgets, memory.
+
+    Raises:
+        ConfigError: a key does not fit the model or the machine.
+        tasks.base.TaskError: the data cannot be used.
+    """
+    torch.set_num_threads(thread_count(config))
+    try:
+        device = loading.resolve_device(config.model.device)
+        model_config = _model_config(config)
+        check_supported(model_config)
+        tokenizer = _tokenizer(config)
+    except (loading.ModelError, UnsupportedModel) as error:
+        raise ConfigError(str(error)) from error
+    dtype = loading.resolve_dtype(config.model.dtype, device)
+    prompt_limit = _prompt_limit(config, max_positions(model_config))
+    task = _task(config)
+    prepared = prepare(
+        task,
+        tokenizer,
+        style=config.task.style,
+        limit=config.task.limit,
+        min_prompt_tokens=config.task.min_prompt_tokens,
+        max_prompt_tokens=prompt_limit,
+    )
+    capacity = max(len(item.ids) for item in prepared) + config.task.max_new_tokens
+    budget = _budget(config)
+    _check_budget(config, budget, model_shape(model_config, dtype), capacity)
+    _check_memory(config, model_shape(model_config, dtype), capacity, device)
+    return Plan(
+        config=config,
+        task=task,
+        prepared=prepared,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        dtype=dtype,
+        device=device,
+        threads=thread_count(config),
+        capacity=capacity,
+        budgets={arm: budget if arm in SPARSE_ARMS else AttentionBudget.dense() for arm in config.arms},
+        required_paths={arm: [SPARSE_PATH] for arm in config.arms if arm in SPARSE_ARMS and not budget.is_dense},
+    )
+
+
+def load(plan: Plan) -> Engine:
+    """Load the weights and put the decoder together.
+
+    Raises:
+        ConfigError: the weights cannot be read.
+    """
+    config = plan.config
+    try:
+        weights = adapt(_library_model(plan), packed=config.engine.packed)
+    except loading.ModelError as error:
+        raise ConfigError(str(error)) from error
+    step = Step(weights)
+    clock = make_clock(plan.device.type)
+    cache = step.new_cache(plan.capacity, _budget(config))
+    stop = StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer)
+    decoder = Decoder(step, cache, stop=stop, clock=clock, prefill_chunk=config.engine.prefill_chunk)
+    drafters = {arm: _drafter(config) if arm in DRAFTING_ARMS else NoDrafter() for arm in config.arms}
+    return Engine(decoder, drafters, clock, weights.shape)
+
+
+def _task(config: Config) -> Task:
+    hub = getattr(config.task, "hub", None)
+    settings = TaskSettings(
+        source=config.task.source,
+        data_files=tuple(config.task.data_files),
+        offset=config.task.offset,
+        style=config.task.style,
+        shots=config.task.shots,
+        stop=tuple(config.task.stop),
+        seed=config.seed,
+        hub=None if hub is None else HubSource(hub.path, hub.config, hub.split, hub.revision),
+        options=schema.task_options(config.task),
+    )
+    return tasks.make(config.task.name, settings)
+
+
+def _checkpoint(config: Config) -> tuple[str, str | None]:
+    """Path and revision of the checkpoint of a model that has one."""
+    model = config.model
+    if isinstance(model, schema.HfModelConfig):
+        assert model.path is not None
+        return model.path, model.revision
+    return str(loading.smollm2_folder()), None
+
+
+def _model_config(config: Config) -> Any:
+    if isinstance(config.model, schema.ShapeModelConfig):
+        return loading.shape_config(config.model.arch, config.model.layers)
+    return loading.load_config(*_checkpoint(config))
+
+
+def _tokenizer(config: Config) -> Any:
+    if isinstance(config.model, schema.ShapeModelConfig):
+        return ByteTokenizer()
+    return loading.load_tokenizer(*_checkpoint(config))
+
+
+def _library_model(plan: Plan) -> Any:
+    if isinstance(plan.config.model, schema.ShapeModelConfig):
+        return loading.random_model(plan.model_config, plan.dtype, plan.device, plan.config.seed)
+    path, revision = _checkpoint(plan.config)
+    return loading.load_model(path, plan.dtype, plan.device, revision)
+
+
+def _drafter(config: Config) -> Drafter:
+    if isinstance(config.draft, schema.LookupDraft):
+        return LookupDrafter(config.draft.k, config.draft.max_ngram)
+    return NoDrafter()
+
+
+def _budget(config: Config) -> AttentionBudget:
+    attn = config.attn
+    if not isinstance(attn, schema.BlockTopkAttention):
+        return AttentionBudget.dense()
+    return AttentionBudget(
+        topk=attn.topk,
+        block_size=attn.block_size,
+        sinks=attn.sinks,
+        window=attn.window,
+        dense_layers=attn.dense_layers,
+        score=attn.score,
+        query=attn.query,
+        gqa=attn.gqa,
+    )
+
+
+def _end_ids(plan: Plan) -> frozenset[int]:
+    """Tokens that end a text, from the model's configuration and its tokenizer."""
+    found: set[int] = set()
+    for value in (getattr(plan.model_config, "eos_token_id", None), plan.tokenizer.eos_token_id):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset() if isinstance(plan.config.model, schema.ShapeModelConfig) else frozenset(found)
+
+
+def _prompt_limit(config: Config, positions: int) -> int:
+    """Longest prompt that leaves room for the answer.
+
+    Raises:
+        ConfigError: the configured lengths do not fit the model.
+    """
+    room = positions - config.task.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"task.max_new_tokens={config.task.max_new_tokens}: the model has {positions} positions (valid: below that)"
+        )
+    wanted = config.task.max_prompt_tokens
+    if wanted is not None and wanted > room:
+        raise ConfigError(
+            f"task.max_prompt_tokens={wanted}: with task.max_new_tokens={config.task.max_new_tokens} the model's "
+            f"{positions} positions leave {room} (valid: up to {room}, or null)"
+        )
+    if config.task.min_prompt_tokens > (wanted or room):
+        raise ConfigError(
+            f"task.min_prompt_tokens={config.task.min_prompt_tokens}: the longest prompt that fits has "
+            f"{wanted or room} tokens (valid: up to {wanted or room})"
+        )
+    return wanted or room
+
+
+def _check_budget(config: Config, budget: AttentionBudget, shape: ModelShape, capacity: int) -> None:
+    """Refuse a budget that covers every context of the run, or leaves no layer sparse: nothing would be skipped."""
+    if budget.topk is None or not set(SPARSE_ARMS) & set(config.arms):
+        return
+    blocks = (capacity - 1) // budget.block_size
+    if budget.topk >= blocks:
+        raise ConfigError(
+            f"attn.topk={budget.topk}: the longest sequence of this run fills {blocks} blocks of {budget.block_size}, "
+            f"so nothing would be skipped (valid: below {blocks}, or longer prompts)"
+        )
+    if budget.dense_layers >= shape.layers:
+        raise ConfigError(
+            f"attn.dense_layers={budget.dense_layers}: the model has {shape.layers} layers (valid: below that)"
+        )
+
+
+def _check_memory(config: Config, shape: ModelShape, capacity: int, device: torch.device) -> None:
+    """Refuse a model whose weights and cache cannot fit."""
+    weights = shape.weight_bytes + shape.itemsize * shape.hidden * shape.vocab
+    cache = shape.kv_bytes_per_token * capacity
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if weights + cache > _MEMORY_SHARE * free:
+        raise ConfigError(
+            f"model={config.model.name}: {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of cache do not "
+            f"fit into {free / 1e9:.1f} GB of free memory (valid: a smaller model or dtype, shorter prompts)"
+        )

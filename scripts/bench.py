@@ -1,0 +1,352 @@
+"""Times of single steps in one process, arms alternating: `make bench` or `python -m scripts.bench --help`.
+
+Prints the static cost card first, then checks that what is timed is right, then the times beside their
+bytes-over-bandwidth limits (METHOD section 7), and a JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import tasks
+from harness import roofline
+from harness.engine.cache import KVCache
+from harness.engine.decoding import Decoder, StopRule
+from harness.engine.drafting.base import NoDrafter
+from harness.engine.model import loading
+from harness.engine.model.byte_tokenizer import ByteTokenizer
+from harness.engine.model.families import adapt
+from harness.engine.model.step import Step
+from harness.timing import Clock, make_clock
+from sparse.budget import AttentionBudget
+from sparse.cost import ModelShape, selector_bytes, step_bytes
+from sparse.ops.block_attention import eager, naive
+from sparse.scoring import block_scores
+from sparse.selection import select_blocks
+from tasks.base import TaskSettings
+
+_OPERATOR_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_TIE = 0.25
+"""Gap of two bf16 logits below which another rounding may pick the other token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is timed, and with what.
+
+    Attributes:
+        library: the library's own model, the same weights; None for random weights.
+        step, cache, prompt: our engine with the prompt prefilled.
+        draft: draft tokens of a speculative step.
+        budget: of the sparse arms.
+        clock: the only clock.
+        bandwidth: measured, bytes per second.
+    """
+
+    library: Any
+    step: Step
+    cache: KVCache
+    prompt: list[int]
+    draft: int
+    budget: AttentionBudget
+    clock: Clock
+    bandwidth: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code (1 after a red check, 2 for bad input)."""
+    options = _parser().parse_args(argv)
+    if options.gpu_check:
+        options.device, options.arch = "cuda", options.arch or "llama31_8b"
+    try:
+        bench = prepare(options)
+    except (loading.ModelError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    screen = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    _card(bench, options, screen)
+    problems = check(bench)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        print(json.dumps({"status": "failed", "problems": problems}))
+        return 1
+    screen.print("checks: block attention equals the naive reference; greedy tokens equal the library's")
+    times = time_steps(bench, options.repeats)
+    result = _steps_report(bench, times, screen)
+    if bench.library is not None:
+        result |= _loop_report(bench, options, screen)
+    if options.profile:
+        profile(bench, screen)
+    print(json.dumps({"status": "ok", **result}, separators=(",", ":")))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", help="random weights in this public shape instead of SmolLM2")
+    parser.add_argument("--layers", type=int, help="decoder layers kept of --arch")
+    parser.add_argument("--context", type=int, default=7300, help="prompt tokens (default %(default)s)")
+    parser.add_argument("--draft", type=int, default=6, help="draft tokens of a speculative step (default %(default)s)")
+    parser.add_argument("--kept", type=int, default=512, help="kept positions per KV head (default %(default)s)")
+    parser.add_argument("--block-size", type=int, default=16, help="positions per block (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds over all arms (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=12, help="tokens of the decoding loops (default %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of each step goes")
+    parser.add_argument("--gpu-check", action="store_true", help="the same on a GPU, exit code 2 where there is none")
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> Bench:
+    """Load the model twice (the library's and ours) and prefill the prompt.
+
+    Raises:
+        harness.engine.model.loading.ModelError, ValueError: bad input, one line.
+    """
+    device = loading.resolve_device(options.device)
+    dtype = loading.resolve_dtype(options.dtype, device)
+    threads = torch.get_num_threads()
+    if min(options.context, options.repeats, options.kept) < 1 or options.draft < 0 or options.tokens < 2:
+        raise ValueError("--context, --repeats and --kept must be at least 1, --draft 0 and --tokens 2")
+    budget = AttentionBudget(topk=options.kept // options.block_size, block_size=options.block_size)
+    if options.arch:
+        config = loading.shape_config(options.arch, options.layers)
+        library, model = None, loading.random_model(config, dtype, device, seed=0)
+        tokenizer: Any = ByteTokenizer()
+    else:
+        folder = str(loading.smollm2_folder())
+        library, model = loading.load_model(folder, dtype, device), loading.load_model(folder, dtype, device)
+        tokenizer = loading.load_tokenizer(folder)
+    step = Step(adapt(model, packed=True))
+    capacity = options.context + options.draft + options.tokens + 1
+    if capacity > step.weights.positions:
+        raise ValueError(f"--context={options.context}: the model has {step.weights.positions} positions")
+    if options.context <= options.kept + options.block_size:
+        raise ValueError(f"--kept={options.kept} covers --context={options.context}, so nothing would be skipped")
+    bench = Bench(
+        library=library,
+        step=step,
+        cache=step.new_cache(capacity, budget),
+        prompt=_prompt(tokenizer, options.context),
+        draft=options.draft,
+        budget=budget,
+        clock=make_clock(device.type),
+        bandwidth=roofline.bandwidth(device.type, threads),
+    )
+    step.prefill(torch.tensor(bench.prompt, device=device), bench.cache, chunk=1024)
+    bench.cache.refresh_summaries()
+    return bench
+
+
+def _prompt(tokenizer: Any, tokens: int) -> list[int]:
+    """Synthetic prose of exactly ``tokens`` tokens."""
+    settings = TaskSettings("bundled", (), 0, "plain", 0, (), 0, None, {"context_tokens": 2 * tokens, "depth": None})
+    task = tasks.make("needle", settings)
+    ids: list[int] = tokenizer.encode(task.prompt(next(iter(task.examples()))).document)
+    if len(ids) < tokens:
+        ids = ids * -(-tokens // len(ids))
+    return ids[:tokens]
+
+
+def check(bench: Bench) -> list[str]:
+    """Why the times must not be believed; empty when they may be."""
+    problems = [*_check_operator(bench)]
+    return problems + (_check_tokens(bench) if bench.library is not None else [])
+
+
+def _check_operator(bench: Bench) -> list[str]:
+    """Block and dense attention of one layer against the naive reference, random queries."""
+    shape, cache, budget = bench.step.weights.shape, bench.cache, bench.budget
+    groups, length, whole = shape.heads // shape.kv_heads, cache.lengths[0], cache.whole_blocks()
+    keys, values = cache.layer(0)
+    rows = min(bench.draft + 1, length - whole * budget.block_size) or 1
+    queries = torch.randn(shape.kv_heads, rows * groups, shape.head_dim, device=keys.device).to(keys.dtype)
+    queries *= shape.head_dim**-0.5
+    whole = (length - rows) // budget.block_size
+    blocks = select_blocks(block_scores(queries, cache.summaries(0), budget, groups)[:, :whole], budget)
+    tail, size = whole * budget.block_size, budget.block_size
+    fast = eager.block_attention(
+        queries, keys, values, blocks, tail_start=tail, length=length, block_size=size, groups=groups
+    )
+    dense = eager.dense_attention(queries, keys, values, length, groups)
+    logical = [part.cpu() for part in cache.prefix(0, 0, length)]
+    found = []
+    for name, output, chosen in (("block", fast, blocks.cpu()), ("dense", dense, None)):
+        truth = naive.block_attention(queries.cpu(), *logical, chosen, tail_start=tail, block_size=size, groups=groups)
+        error = ((output.cpu().double() - truth).norm() / truth.norm()).item()
+        if not error < _OPERATOR_TOLERANCE[keys.dtype]:
+            found.append(f"{name} attention is off its reference by {error:.1e} of its norm")
+    return found
+
+
+def _check_tokens(bench: Bench, tokens: int = 4) -> list[str]:
+    """Our greedy tokens against the library's on the same prompt; ties within rounding may differ."""
+    device = bench.step.weights.device
+    ours = _decode(bench, tokens)
+    ids = torch.tensor([bench.prompt + ours[:-1]], device=device)
+    with torch.inference_mode():
+        logits = bench.library(ids, logits_to_keep=tokens).logits[0].float()
+    gaps = [(row.max() - row[token]).item() for row, token in zip(logits, ours, strict=True)]
+    return [f"token {number} is {gap:.2f} below the library's best" for number, gap in enumerate(gaps) if gap > _TIE]
+
+
+def _decode(bench: Bench, tokens: int) -> list[int]:
+    decoder = Decoder(bench.step, bench.cache, stop=StopRule(), clock=bench.clock, prefill_chunk=1024)
+    prefix = decoder.prefill(bench.prompt)
+    return decoder.decode(prefix, NoDrafter(), AttentionBudget.dense(), tokens).output
+
+
+Arm = Callable[[], object]
+
+
+def step_arms(bench: Bench) -> dict[str, Arm]:
+    """One call a step: dense and sparse, one token and a whole draft."""
+    dense, device, length = AttentionBudget.dense(), bench.step.weights.device, len(bench.prompt)
+
+    def arm(rows: int, budget: AttentionBudget) -> Arm:
+        tokens = torch.tensor([bench.prompt[-rows:]], device=device)
+
+        def once() -> Tensor:
+            bench.cache.truncate(0, length)
+            return bench.step.verify(tokens, bench.cache, budget)
+
+        return once
+
+    rows = bench.draft + 1
+    return {
+        "dense 1": arm(1, dense),
+        f"dense {rows}": arm(rows, dense),
+        "sparse 1": arm(1, bench.budget),
+        f"sparse {rows}": arm(rows, bench.budget),
+    }
+
+
+def alternate(arms: dict[str, Arm], clock: Clock, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each arm, run in turn; the order turns round from round to round."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(warmup + repeats):
+        order = list(arms) if turn % 2 == 0 else list(reversed(arms))
+        for name in order:
+            start = clock()
+            arms[name]()
+            if turn >= warmup:
+                times[name].append(clock() - start)
+    return times
+
+
+def time_steps(bench: Bench, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every step arm."""
+    return alternate(step_arms(bench), bench.clock, repeats)
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, float, float]:
+    """Median of the round-by-round ratios of two arms, with their 10th and 90th percentile."""
+    pairs = sorted(a / b for a, b in zip(times[over], times[under], strict=True))
+    return statistics.median(pairs), pairs[len(pairs) // 10], pairs[-1 - len(pairs) // 10]
+
+
+def _card(bench: Bench, options: argparse.Namespace, screen: Console) -> None:
+    weights, shape = bench.step.weights, bench.step.weights.shape
+    kept = bench.budget.topk or 0
+    screen.print(f"model        {options.arch or 'SmolLM2-135M-Instruct'}, {weights.dtype}")
+    screen.print(f"device       {roofline.device_text(weights.device, torch.get_num_threads())}")
+    screen.print(f"bandwidth    {bench.bandwidth / 1e9:.1f} GB/s measured")
+    screen.print(f"weights      {shape.weight_bytes / 1e6:.1f} MB read per step")
+    screen.print(f"cache        {shape.kv_bytes_per_token / 1e3:.2f} kB per position, {len(bench.prompt)} positions")
+    screen.print(f"sparse arms  {kept} blocks of {bench.budget.block_size} per KV head, draft of {bench.draft} tokens")
+
+
+def _limit(bench: Bench, name: str) -> float:
+    """Least seconds of one step: its bytes over the bandwidth."""
+    shape: ModelShape = bench.step.weights.shape
+    rows, length = int(name.rpartition(" ")[2]), len(bench.prompt)
+    if name.startswith("dense"):
+        return step_bytes(shape, length + rows) / bench.bandwidth
+    blocks, size = length // bench.budget.block_size, bench.budget.block_size
+    attended = (bench.budget.topk or 0) * size + length % size + rows
+    return step_bytes(shape, attended, selector_bytes(shape, bench.budget, shape.layers, blocks)) / bench.bandwidth
+
+
+def _steps_report(bench: Bench, times: dict[str, list[float]], screen: Console) -> dict[str, Any]:
+    table = Table(title="one step", title_justify="left")
+    for column in ("arm and tokens", "median ms", "p10", "p90", "limit ms", "of limit"):
+        table.add_column(column, justify="left" if column.startswith("arm") else "right")
+    found: dict[str, Any] = {"context": len(bench.prompt), "bandwidth_gb_s": round(bench.bandwidth / 1e9, 2)}
+    for name, seconds in times.items():
+        middle, ordered, limit = statistics.median(seconds), sorted(seconds), _limit(bench, name)
+        low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+        cells = [f"{1e3 * value:.2f}" for value in (middle, low, high, limit)]
+        table.add_row(name, *cells, f"{limit / middle:.0%}")
+        found[name.replace(" ", "_") + "_ms"] = round(1e3 * middle, 3)
+        found[name.replace(" ", "_") + "_limit_ms"] = round(1e3 * limit, 3)
+    screen.print(table)
+    rows = bench.draft + 1
+    for over, under in ((f"dense {rows}", "dense 1"), (f"sparse {rows}", f"dense {rows}"), ("sparse 1", "dense 1")):
+        middle, low, high = ratio(times, over, under)
+        screen.print(
+            f"{over} / {under}: {middle:.3f} [{low:.3f}, {high:.3f}] (limit {_limits_ratio(bench, over, under):.3f})"
+        )
+        found[f"{over}/{under}".replace(" ", "_")] = round(middle, 4)
+    return found
+
+
+def _limits_ratio(bench: Bench, over: str, under: str) -> float:
+    return _limit(bench, over) / _limit(bench, under)
+
+
+def _loop_report(bench: Bench, options: argparse.Namespace, screen: Console) -> dict[str, Any]:
+    """Tokens per second of our autoregressive loop against the library's generate(), both after the prefill."""
+    device, tokens = bench.step.weights.device, options.tokens
+    ids = torch.tensor([bench.prompt], device=device)
+    with torch.inference_mode():
+        past = bench.library(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    decoder = Decoder(bench.step, bench.cache, stop=StopRule(), clock=bench.clock, prefill_chunk=1024)
+    prefix = decoder.prefill(bench.prompt)
+    times: dict[str, list[float]] = {"generate": [], "ar": []}
+    for turn in range(1 + max(2, options.repeats // 5)):
+        copied = deepcopy(past)
+        start = bench.clock()
+        bench.library.generate(
+            ids, past_key_values=copied, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        generated = bench.clock() - start
+        decoded = decoder.decode(prefix, NoDrafter(), AttentionBudget.dense(), tokens + 1)
+        if turn:
+            times["generate"].append(generated / tokens)
+            times["ar"].append(decoded.seconds / tokens)
+    middle, low, high = ratio(times, "generate", "ar")
+    rates = {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
+    screen.print(f"our ar loop: {rates['ar']:.1f} tokens/s, the library's generate(): {rates['generate']:.1f} tokens/s")
+    screen.print(f"ar / generate: {middle:.2f}x [{low:.2f}, {high:.2f}]")
+    return {
+        "ar_tokens_s": round(rates["ar"], 2),
+        "generate_tokens_s": round(rates["generate"], 2),
+        "ar/generate": round(middle, 3),
+    }
+
+
+def profile(bench: Bench, screen: Console, top: int = 12) -> None:
+    """Where the time of each step goes, by operator."""
+    for name, arm in step_arms(bench).items():
+        arm()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            arm()
+        screen.print(f"{name}:")
+        screen.print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=top), markup=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

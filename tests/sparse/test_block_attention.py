@@ -1,0 +1,95 @@
+"""The fast attention against the naive one: odd shapes, page borders, and memory poisoned where nothing may be read."""
+
+import pytest
+import torch
+
+from harness.engine.cache import PAGE
+from sparse.ops.block_attention import eager, naive
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def paged(keys: torch.Tensor, values: torch.Tensor, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [kv_heads, length, head_dim] as pages; everything beyond the length is NaN."""
+    heads, length, dim = keys.shape
+    full = torch.full((2, heads, pages * PAGE, dim), float("nan"), dtype=keys.dtype)
+    full[0, :, :length], full[1, :, :length] = keys, values
+    shaped = full.view(2, heads, pages, PAGE, dim)
+    return shaped[0].permute(1, 0, 3, 2).contiguous(), shaped[1].transpose(0, 1).contiguous()
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+CASES = [
+    # length, rows, kv_heads, groups, head_dim, block_size, kept blocks
+    (37, 1, 1, 1, 8, 16, 1),
+    (PAGE - 1, 3, 2, 3, 16, 16, 5),
+    (PAGE, 1, 3, 3, 64, 16, 4),
+    (PAGE + 1, 7, 3, 3, 64, 16, 4),
+    (2 * PAGE + 5, 7, 1, 4, 32, 64, 3),
+    (3 * PAGE - 2, 17, 2, 1, 24, 32, 9),
+    (2 * PAGE + 3, 61, 2, 2, 16, 64, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length, rows, heads, groups, dim, size, kept", CASES)
+def test_block_and_dense_attention_equal_the_reference(
+    length: int, rows: int, heads: int, groups: int, dim: int, size: int, kept: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(length)
+    queries = (torch.randn(heads, rows * groups, dim) * dim**-0.5).to(dtype)
+    keys, values = torch.randn(heads, length, dim).to(dtype), torch.randn(heads, length, dim).to(dtype)
+    stored = paged(keys, values, length // PAGE + 2)
+    whole = (length - rows) // size
+    tail = whole * size
+    blocks = torch.stack([torch.randperm(whole)[:kept] for _ in range(heads)])
+    found = eager.block_attention(
+        queries, *stored, blocks, tail_start=tail, length=length, block_size=size, groups=groups
+    )
+    truth = naive.block_attention(queries, keys, values, blocks, tail_start=tail, block_size=size, groups=groups)
+    assert relative_error(found, truth) < TOLERANCE[dtype]
+    dense = eager.dense_attention(queries, *stored, length, groups)
+    everything = naive.block_attention(queries, keys, values, None, tail_start=tail, block_size=size, groups=groups)
+    assert relative_error(dense, everything) < TOLERANCE[dtype]
+    if kept < whole:
+        assert relative_error(found, everything) > 10 * TOLERANCE[dtype]
+
+
+def test_zero_sparsity_equals_dense() -> None:
+    torch.manual_seed(0)
+    length, rows, heads, groups, dim, size = PAGE + 40, 5, 2, 3, 16, 16
+    queries = torch.randn(heads, rows * groups, dim)
+    stored = paged(torch.randn(heads, length, dim), torch.randn(heads, length, dim), 2)
+    whole = (length - rows) // size
+    blocks = torch.arange(whole).expand(heads, whole)
+    found = eager.block_attention(
+        queries, *stored, blocks, tail_start=whole * size, length=length, block_size=size, groups=groups
+    )
+    assert relative_error(found, eager.dense_attention(queries, *stored, length, groups).double()) < 2e-6
+
+
+def test_blocks_left_out_are_never_read() -> None:
+    """Poison everything that was not selected: the result must not change."""
+    torch.manual_seed(3)
+    length, rows, heads, groups, dim, size = 3 * PAGE, 4, 2, 2, 8, 32
+    keys, values = torch.randn(heads, length, dim), torch.randn(heads, length, dim)
+    whole = (length - rows) // size
+    blocks = torch.stack([torch.randperm(whole)[:6] for _ in range(heads)])
+    visible = naive.visible_positions(blocks, whole * size, length, size, rows)[:, -1]
+    poisoned_keys, poisoned_values = keys.clone(), values.clone()
+    poisoned_keys[~visible], poisoned_values[~visible] = float("nan"), float("nan")
+    queries = torch.randn(heads, rows * groups, dim)
+    options = {"tail_start": whole * size, "length": length, "block_size": size, "groups": groups}
+    found = eager.block_attention(queries, *paged(poisoned_keys, poisoned_values, 4), blocks, **options)
+    assert torch.equal(found, eager.block_attention(queries, *paged(keys, values, 4), blocks, **options))
+    assert not found.isnan().any()
+
+
+def test_the_reference_sees_what_it_says() -> None:
+    blocks = torch.tensor([[0, 2]])
+    seen = naive.visible_positions(blocks, tail_start=48, length=52, block_size=16, rows=3)
+    expected = [*range(16), *range(32, 48), 48, 49]
+    assert [row.nonzero().flatten().tolist() for row in seen[0]] == [expected, [*expected, 50], [*expected, 50, 51]]
