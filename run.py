@@ -9,7 +9,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from harness import cli
@@ -22,7 +21,7 @@ class CheckMembers(Callback):
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         with cli.guard():
             overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-            for member in BasicSweeper.split_arguments(overrides, None)[0]:
+            for member in cli.counted(BasicSweeper.split_arguments(overrides, None)[0]):
                 cli.checked(OmegaConf.to_container(hydra.compose("config", member), resolve=True))
 
 
@@ -30,9 +29,10 @@ class CheckMembers(Callback):
 def main(composed: DictConfig) -> float | None:
     """Validates the composed configuration, runs it and returns the objective that a sweeper maximises."""
     job = HydraConfig.get()
-    with cli.guard(" ".join(job.overrides.task) if job.mode == RunMode.MULTIRUN else ""):
+    member = " ".join(job.overrides.task) if job.mode.name == "MULTIRUN" else ""
+    with cli.guard(member):
         config = cli.checked(OmegaConf.to_container(composed, resolve=True))
-        return cast(float | None, import_module("harness.runner").run(config))
+        return cast(float | None, import_module("harness.runner").run(config, cli.place(job.num) if member else ""))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from harness.schema import GROUPS, Config, ConfigError, explain_unknown, resolve
 from tasks.base import TaskError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_MEMBERS = "SPARSE_VERIFICATION_MEMBERS"
 COMPOSERS = ("hydra", "omegaconf")
 
 
@@ -68,6 +69,17 @@ def guard(member: str = "") -> Iterator[None]:
             raise
         print(f"[{member}] {one_line(error)}" if member else one_line(error), file=sys.stderr)
         raise (Reported(code) if member else SystemExit(code)) from None
+
+
+def counted(members: list[list[str]]) -> list[list[str]]:
+    """The same members; remembers their number for all of them, those in other processes included."""
+    os.environ[_MEMBERS] = str(len(members))
+    return members
+
+
+def place(number: int) -> str:
+    """A member's place in the sweep as the progress bar shows it; ``number`` counts from 0."""
+    return f"{number + 1}/{os.environ.get(_MEMBERS, '?')} "
 
 
 def checked(raw: Any) -> Config:

@@ -15,11 +15,14 @@ from harness.build import Engine, Plan
 from harness.engine.decoding import Decoded, Prefix
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
 from harness.schema import Config, ConfigError, WandbOffline
+from harness.timing import OtherLoad
 from tasks.grading import cut_at_stop
 from tasks.prompting import Prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 _WARMUP_TOKENS = 8
+_QUIET = 0.1
+"""Share of the processor that others may use before a run's timings are called unreliable."""
 
 
 class RunFailed(RuntimeError):
@@ -103,6 +106,7 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
         if missing:
             engine = build.load(plan)
             _warm_up(plan, engine)
+            load = OtherLoad()
             with console.progress(f"{member}{config.task.name}", len(plan.prepared), len(done)) as advance:
                 for number, item in missing:
                     records = _example(plan, engine, item, number)
@@ -110,6 +114,7 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
                     for record in records:
                         tracker.log_example(_row(record))
                     advance()
+            facts["other_load"] = round(load.share(), 3)
         summary = _describe(plan, store, facts)
     finally:
         tracker.finish(summary)
@@ -199,6 +204,8 @@ def _describe(
     notes = [f"{len(cut)} of {len(plan.prepared)} prompts lost the middle of their document"] if cut else []
     if plan.task.name in ("needle",) or plan.config.task.source == "bundled":
         notes.append("bundled or synthetic examples written for this project")
+    if facts.get("other_load", 0) > _QUIET:
+        notes.append(f"other processes used {facts['other_load']:.0%} of the CPU meanwhile: timings are unreliable")
     return build_summary(
         fingerprint=store.fingerprint,
         task=plan.task.name,

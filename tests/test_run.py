@@ -21,7 +21,7 @@ class RunFailed(Exception):
     pass
 
 
-def run(config):
+def run(config, member):
     if config.seed == 3:
         raise KeyboardInterrupt
     if config.seed == 4:
