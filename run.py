@@ -28,11 +28,11 @@ class CheckMembers(Callback):
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
     """Validates the composed configuration, runs it and returns the objective that a sweeper maximises."""
-    job = HydraConfig.get()
+    job: Any = HydraConfig.get()
     member = " ".join(job.overrides.task) if job.mode.name == "MULTIRUN" else ""
     with cli.guard(member):
         config = cli.checked(OmegaConf.to_container(composed, resolve=True))
-        return cast(float | None, import_module("harness.runner").run(config, cli.place(job.num) if member else ""))
+        return cast(float | None, import_module("harness.runner").run(config, cli.place(job.job.num) if member else ""))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import traceback
@@ -66,7 +67,12 @@ def _summary(config: Config, plain: dict[str, Any], store: RunStore, member: str
     threads = build.thread_count(config)
     device = torch.device(plain["model"]["device"])
     facts = provenance.collect(
-        ROOT, argv=sys.argv, device=roofline.device_text(device, threads), threads=threads, experiment=_group(config)
+        ROOT,
+        argv=sys.argv,
+        device=roofline.device_text(device, threads),
+        threads=threads,
+        experiment=_group(config),
+        extra={"glibc_tunables": os.environ.get("GLIBC_TUNABLES")},
     )
     if store.reusable(facts["sources"], rerun=config.rerun, stale=config.stale):
         summary = store.summary()
