@@ -107,7 +107,10 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
     missing = [(number, item) for number, item in enumerate(plan.prepared) if item.example.id not in done]
     tracker = _tracker(config)
     summary: dict[str, Any] | None = None
-    tracker.start(plain, store.path, f"{config.task.name}-{store.fingerprint}", _group(config))
+    try:
+        tracker.start(plain, store.path, f"{config.task.name}-{store.fingerprint}", _group(config))
+    except tracking.TrackingError as error:
+        raise ConfigError(f"track={config.track.name}: {error}") from error
     try:
         if missing:
             engine = build.load(plan)
