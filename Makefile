@@ -16,8 +16,6 @@ TRITON_CPU ?= 3.9.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 ?= 0.1.2
 RESULTS ?= results
-# Weights and cache on huge pages where the kernel grants them on request: reading them misses fewer translations.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 ARGS ?=
 
 PY := .venv/bin/python

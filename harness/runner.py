@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import traceback
@@ -72,7 +71,6 @@ def _summary(config: Config, plain: dict[str, Any], store: RunStore, member: str
         device=roofline.device_text(device, threads),
         threads=threads,
         experiment=_group(config),
-        extra={"glibc_tunables": os.environ.get("GLIBC_TUNABLES")},
     )
     if store.reusable(facts["sources"], rerun=config.rerun, stale=config.stale):
         summary = store.summary()

@@ -276,7 +276,7 @@ def _legend(
                 [], [], color="#333333", marker="o", markerfacecolor="white", linestyle="none", label="hollow: stale"
             )
         )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(1 + _columns(len(grouped)), len(handles)))
     places = dict.fromkeys(f"{model} on {device}" for _, _, model, device in grouped)
     figure.suptitle("\n".join(places), fontsize=11)
 
