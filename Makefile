@@ -28,8 +28,10 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
 
 run: $(STAMP) ## the first table and figure: runs that are finished already are not run again
-	@status=0; $(PY) run.py experiment=first_table results_dir=$(RESULTS) $(ARGS) || status=$$?; \
-	if [ $$status -gt 1 ]; then exit $$status; fi; \
+	@status=0; for half in first_table first_table_long; do \
+	  $(PY) run.py experiment=$$half results_dir=$(RESULTS) $(ARGS) || status=$$?; \
+	  if [ $$status -gt 1 ]; then exit $$status; fi; \
+	done; \
 	$(PY) -m scripts.plots --results $(RESULTS); $(PY) -m scripts.tables --results $(RESULTS); exit $$status
 
 test: $(STAMP) ## the tests, without those that take minutes
