@@ -83,6 +83,7 @@ def tradeoff(rows: Sequence[Row]) -> Figure | None:
         axis.set_title(_title(key, members), loc="left")
         axis.set_xlabel(_quality_label(members))
         axis.margins(x=0.12, y=0.18)
+        _at_least_a_point(axis)
     _share_speed_scale(axes)
     for axis in axes[:: _columns(len(axes))]:
         axis.set_ylabel("decoding speed-up over AR")
@@ -243,6 +244,12 @@ def _quality_label(members: Sequence[Row]) -> str:
     """Metric with the value of dense verification (the median of its runs), so that a floor is seen."""
     dense = [value for row in members if (value := row.quality.get("dense")) is not None]
     return f"{members[0].metric}, points against dense" + (f" ({median(dense):.1f})" if dense else "")
+
+
+def _at_least_a_point(axis: Axes) -> None:
+    """Widen the quality scale to one point on both sides, so that no difference looks like none."""
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, -1.0), max(high, 1.0))
 
 
 def _share_speed_scale(axes: Sequence[Axes]) -> None:

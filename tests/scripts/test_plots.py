@@ -124,3 +124,28 @@ def test_a_run_of_one_example_has_points_without_bars(tmp_path):
     figure = plots.tradeoff(rows.collect(tmp_path, sources="abc"))
     assert len(points(figure.axes[0])) == 1
     pyplot.close(figure)
+
+
+def test_no_difference_is_drawn_on_a_scale_of_a_point(tmp_path):
+    """A difference of exactly nothing must not blow the axis up to rounding errors."""
+    stored_run(tmp_path, examples=1)
+    figure = plots.tradeoff(rows.collect(tmp_path, sources="abc"))
+    axis = figure.axes[0]
+    for line in axis.lines:
+        line.set_xdata([0.0 for _ in line.get_xdata()])
+    plots._at_least_a_point(axis)
+    low, high = axis.get_xlim()
+    assert low <= -1 and high >= 1
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize("settings", [1, 2, 5])
+def test_the_legend_fits_a_square_of_panels(tmp_path, settings):
+    for task in ("xsum", "squad", "math", "needle"):
+        for topk in (8, 16, 32, 64, 128)[:settings]:
+            stored_run(tmp_path, config(task, topk=topk), sources="abc")
+    figure = plots.tradeoff(rows.collect(tmp_path, sources="abc"))
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()
+    pyplot.close(figure)
