@@ -1,5 +1,5 @@
 # Every target sets up .venv first where that is missing or older than its sources; nothing else needs to be installed.
-# Pass more with ARGS, as in: make run ARGS="task.limit=4" RESULTS=/tmp/results
+# Pass more with ARGS, as in: make run ARGS="task.limit=4" RESULTS=results/mine
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

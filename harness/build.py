@@ -19,7 +19,7 @@ from harness.engine.model.byte_tokenizer import ByteTokenizer
 from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions, model_shape
 from harness.engine.model.step import Step
 from harness.schema import Config, ConfigError
-from harness.timing import Clock, make_clock
+from harness.timing import make_clock
 from sparse.budget import AttentionBudget
 from sparse.cost import ModelShape
 from sparse.trace import SPARSE_PATH
@@ -66,14 +66,10 @@ class Engine:
     Attributes:
         decoder: runs one sequence at a time.
         drafters: per arm.
-        clock: the run's only clock.
-        shape: sizes of the model.
     """
 
     decoder: Decoder
     drafters: dict[str, Drafter]
-    clock: Clock
-    shape: ModelShape
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -155,12 +151,13 @@ def load(plan: Plan) -> Engine:
     except loading.ModelError as error:
         raise ConfigError(str(error)) from error
     step = Step(weights)
-    clock = make_clock(plan.device.type)
     cache = step.new_cache(plan.capacity, _budget(config))
     stop = StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer)
-    decoder = Decoder(step, cache, stop=stop, clock=clock, prefill_chunk=config.engine.prefill_chunk)
+    decoder = Decoder(
+        step, cache, stop=stop, clock=make_clock(plan.device.type), prefill_chunk=config.engine.prefill_chunk
+    )
     drafters = {arm: _drafter(config) if arm in DRAFTING_ARMS else NoDrafter() for arm in config.arms}
-    return Engine(decoder, drafters, clock, weights.shape)
+    return Engine(decoder, drafters)
 
 
 def _task(config: Config) -> Task:

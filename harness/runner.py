@@ -46,11 +46,12 @@ def run(config: Config, member: str = "") -> float | None:
         RunFailed: the run broke or its measurements must not be believed; it is stored as such.
     """
     plain = build.resolved(config)
+    facts = _provenance(config, plain)
     try:
         with RunStore(config.results_dir, plain, config.arms) as store:
-            summary = _summary(config, plain, store, member)
+            summary = _summary(config, plain, store, facts, member)
             console.show(summary)
-            rows.write_overview(config.results_dir, sources=provenance.sources_hash(ROOT))
+            rows.write_overview(config.results_dir, sources=facts["sources"])
     except StoreError as error:
         raise ConfigError(f"results_dir={config.results_dir}: {error}") from error
     print(last_line(summary), flush=True)
@@ -61,17 +62,17 @@ def run(config: Config, member: str = "") -> float | None:
     return None if speedup is None else float(speedup)
 
 
-def _summary(config: Config, plain: dict[str, Any], store: RunStore, member: str) -> dict[str, Any]:
-    """The summary of a finished run: from the store, or by running it."""
+def _provenance(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
+    """Where a run that starts now comes from."""
     threads = build.thread_count(config)
-    device = torch.device(plain["model"]["device"])
-    facts = provenance.collect(
-        ROOT,
-        argv=sys.argv,
-        device=roofline.device_text(device, threads),
-        threads=threads,
-        experiment=_group(config),
-    )
+    device = roofline.device_text(torch.device(plain["model"]["device"]), threads)
+    return provenance.collect(ROOT, argv=sys.argv, device=device, threads=threads, experiment=_group(config))
+
+
+def _summary(
+    config: Config, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str
+) -> dict[str, Any]:
+    """The summary of a finished run: from the store, or by running it."""
     if store.reusable(facts["sources"], rerun=config.rerun, stale=config.stale):
         summary = store.summary()
         assert summary is not None
@@ -209,7 +210,7 @@ def _describe(
     """The summary of what the store holds now."""
     cut = [item for item in plan.prepared if item.truncated_tokens]
     notes = [f"{len(cut)} of {len(plan.prepared)} prompts lost the middle of their document"] if cut else []
-    if plan.task.name in ("needle",) or plan.config.task.source == "bundled":
+    if plan.config.task.source == "bundled":
         notes.append("bundled or synthetic examples written for this project")
     if facts.get("other_load", 0) > _QUIET:
         notes.append(f"other processes used {facts['other_load']:.0%} of the CPU meanwhile: timings are unreliable")

@@ -76,15 +76,12 @@ class Task(Protocol):
 
     def examples(self) -> Iterator[Example]:
         """The examples from `settings.offset` on, in a fixed order, without a limit."""
-        ...
 
     def prompt(self, example: Example) -> Prompt:
         """The prompt for one example."""
-        ...
 
     def grade(self, example: Example, text: str) -> dict[str, float]:
         """One value from 0 to 100 for each metric; text after a stop string does not count."""
-        ...
 
 
 def choose(key: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -20,13 +20,11 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, /, *, add_special_tokens: bool = ...) -> list[int]:
         """Token ids of `text`."""
-        ...
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], /, *, tokenize: bool, add_generation_prompt: bool
     ) -> Any:
         """The conversation as one text, with the start of the assistant's turn."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

