@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 import tasks
-from harness import schema
+from harness import budgets, models, schema
+from harness.calibration import Calibration
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model import loading
-from harness.engine.model.byte_tokenizer import ByteTokenizer
-from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions, model_shape
+from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions
 from harness.engine.model.step import Step
 from harness.schema import Config, ConfigError
 from harness.timing import make_clock
-from sparse.budget import AttentionBudget
+from sparse.budget import Sparsity
 from sparse.cost import ModelShape
-from sparse.trace import SPARSE_PATH
 from tasks.base import HubSource, Task, TaskSettings
 from tasks.prompting import Prepared, prepare
 
@@ -40,9 +40,10 @@ class Plan:
         task, prepared: what is graded, and the prompts in order.
         tokenizer: of the target model.
         model_config: the library's configuration of the target model.
+        shape: sizes of the target model.
         dtype, device, threads: resolved, no ``auto`` left.
         capacity: cache positions that the longest prompt and its answer need.
-        budgets: per arm, what attention may skip.
+        budgets: per arm, what may be skipped.
         required_paths: per arm, path counters that must not stay at zero.
     """
 
@@ -51,11 +52,12 @@ class Plan:
     prepared: list[Prepared]
     tokenizer: Any
     model_config: Any
+    shape: ModelShape
     dtype: torch.dtype
     device: torch.device
     threads: int
     capacity: int
-    budgets: dict[str, AttentionBudget]
+    budgets: dict[str, Sparsity]
     required_paths: dict[str, list[str]]
 
 
@@ -73,10 +75,10 @@ class Engine:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The plain configuration with every ``auto`` replaced by what it means on this machine.
+    """The plain configuration with every ``auto`` replaced by what it means on this machine, and hashes of its files.
 
     Raises:
-        ConfigError: the device is not present.
+        ConfigError: the device is not present, or a file of the configuration cannot be read.
     """
     plain = schema.to_dict(config)
     try:
@@ -86,7 +88,12 @@ def resolved(config: Config) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     plain["model"] |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     plain["engine"]["threads"] = thread_count(config)
-    return plain
+    hashed = {}
+    if config.calibration is not None:
+        hashed["calibration"] = models.file_sha256("calibration", Path(config.calibration))
+    if isinstance(config.model, schema.CarvedModelConfig):
+        hashed["carving"] = models.file_sha256("model.path", models.carving_file(config.model))
+    return plain | ({"file_hashes": hashed} if hashed else {})
 
 
 def thread_count(config: Config) -> int:
@@ -104,12 +111,14 @@ def plan(config: Config) -> Plan:
     torch.set_num_threads(thread_count(config))
     try:
         device = loading.resolve_device(config.model.device)
-        model_config = _model_config(config)
+        model_config = models.library_config(config.model)
         check_supported(model_config)
-        tokenizer = _tokenizer(config)
+        tokenizer = models.tokenizer(config.model)
+        dtype = loading.resolve_dtype(config.model.dtype, device)
+        shape = models.shape(config.model, model_config, dtype)
     except (loading.ModelError, UnsupportedModel) as error:
         raise ConfigError(str(error)) from error
-    dtype = loading.resolve_dtype(config.model.dtype, device)
+    sparsity = _sparsity(config, shape)
     prompt_limit = _prompt_limit(config, max_positions(model_config))
     task = _task(config)
     prepared = prepare(
@@ -121,21 +130,23 @@ def plan(config: Config) -> Plan:
         max_prompt_tokens=prompt_limit,
     )
     capacity = max(len(item.ids) for item in prepared) + config.task.max_new_tokens
-    budget = _budget(config)
-    _check_budget(config, budget, model_shape(model_config, dtype), capacity)
-    _check_memory(config, model_shape(model_config, dtype), capacity, device)
+    if set(SPARSE_ARMS) & set(config.arms):
+        budgets.check_lengths(config, sparsity.attention, capacity)
+    _check_memory(config, shape, capacity, device)
+    required = budgets.required_paths(sparsity)
     return Plan(
         config=config,
         task=task,
         prepared=prepared,
         tokenizer=tokenizer,
         model_config=model_config,
+        shape=shape,
         dtype=dtype,
         device=device,
         threads=thread_count(config),
         capacity=capacity,
-        budgets={arm: budget if arm in SPARSE_ARMS else AttentionBudget.dense() for arm in config.arms},
-        required_paths={arm: [SPARSE_PATH] for arm in config.arms if arm in SPARSE_ARMS and not budget.is_dense},
+        budgets={arm: sparsity if arm in SPARSE_ARMS else Sparsity() for arm in config.arms},
+        required_paths={arm: required for arm in config.arms if arm in SPARSE_ARMS},
     )
 
 
@@ -147,11 +158,14 @@ def load(plan: Plan) -> Engine:
     """
     config = plan.config
     try:
-        weights = adapt(_library_model(plan), packed=config.engine.packed)
+        channels = any(not sparsity.ffn.is_dense for sparsity in plan.budgets.values())
+        library = models.library_model(config.model, plan.model_config, plan.dtype, plan.device, config.seed)
+        weights = adapt(library, packed=config.engine.packed, channels=channels)
     except loading.ModelError as error:
         raise ConfigError(str(error)) from error
     step = Step(weights)
-    cache = step.new_cache(plan.capacity, _budget(config))
+    summarised = next((sparsity for sparsity in plan.budgets.values() if not sparsity.is_dense), Sparsity())
+    cache = step.new_cache(plan.capacity, summarised.attention)
     stop = StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer)
     decoder = Decoder(
         step, cache, stop=stop, clock=make_clock(plan.device.type), prefill_chunk=config.engine.prefill_chunk
@@ -176,54 +190,19 @@ def _task(config: Config) -> Task:
     return tasks.make(config.task.name, settings)
 
 
-def _checkpoint(config: Config) -> tuple[str, str | None]:
-    """Path and revision of the checkpoint of a model that has one."""
-    model = config.model
-    if isinstance(model, schema.HfModelConfig):
-        assert model.path is not None
-        return model.path, model.revision
-    return str(loading.smollm2_folder()), None
-
-
-def _model_config(config: Config) -> Any:
-    if isinstance(config.model, schema.ShapeModelConfig):
-        return loading.shape_config(config.model.arch, config.model.layers)
-    return loading.load_config(*_checkpoint(config))
-
-
-def _tokenizer(config: Config) -> Any:
-    if isinstance(config.model, schema.ShapeModelConfig):
-        return ByteTokenizer()
-    return loading.load_tokenizer(*_checkpoint(config))
-
-
-def _library_model(plan: Plan) -> Any:
-    if isinstance(plan.config.model, schema.ShapeModelConfig):
-        return loading.random_model(plan.model_config, plan.dtype, plan.device, plan.config.seed)
-    path, revision = _checkpoint(plan.config)
-    return loading.load_model(path, plan.dtype, plan.device, revision)
-
-
 def _drafter(config: Config) -> Drafter:
     if isinstance(config.draft, schema.LookupDraft):
         return LookupDrafter(config.draft.k, config.draft.max_ngram)
     return NoDrafter()
 
 
-def _budget(config: Config) -> AttentionBudget:
-    attn = config.attn
-    if not isinstance(attn, schema.BlockTopkAttention):
-        return AttentionBudget.dense()
-    return AttentionBudget(
-        topk=attn.topk,
-        block_size=attn.block_size,
-        sinks=attn.sinks,
-        window=attn.window,
-        dense_layers=attn.dense_layers,
-        score=attn.score,
-        query=attn.query,
-        gqa=attn.gqa,
-    )
+def _sparsity(config: Config, shape: ModelShape) -> Sparsity:
+    """The budgets of the sparse arms."""
+    calibration = None
+    if config.calibration is not None:
+        calibration = Calibration.load(config.calibration)
+        calibration.check(models.identity(config.model, config.seed))
+    return budgets.sparsity(config, shape, calibration)
 
 
 def _end_ids(plan: Plan) -> frozenset[int]:
@@ -257,22 +236,6 @@ def _prompt_limit(config: Config, positions: int) -> int:
             f"{wanted or room} tokens (valid: up to {wanted or room})"
         )
     return wanted or room
-
-
-def _check_budget(config: Config, budget: AttentionBudget, shape: ModelShape, capacity: int) -> None:
-    """Refuse a budget that covers every context of the run, or leaves no layer sparse: nothing would be skipped."""
-    if budget.topk is None or not set(SPARSE_ARMS) & set(config.arms):
-        return
-    blocks = (capacity - 1) // budget.block_size
-    if budget.topk >= blocks:
-        raise ConfigError(
-            f"attn.topk={budget.topk}: the longest sequence of this run fills {blocks} blocks of {budget.block_size}, "
-            f"so nothing would be skipped (valid: below {blocks}, or longer prompts)"
-        )
-    if budget.dense_layers >= shape.layers:
-        raise ConfigError(
-            f"attn.dense_layers={budget.dense_layers}: the model has {shape.layers} layers (valid: below that)"
-        )
 
 
 def _check_memory(config: Config, shape: ModelShape, capacity: int, device: torch.device) -> None:

@@ -7,13 +7,21 @@ Hydra.
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
 WORDS: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+PLURALS: Mapping[type, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+_LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "minimum": operator.ge,
+    "maximum": operator.le,
+    "above": operator.gt,
+    "below": operator.lt,
+}
 
 
 class ConfigError(ValueError):
@@ -26,10 +34,16 @@ def setting(
     choices: tuple[Any, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with its one-line comment `doc` and, where given, its valid values or inclusive limits."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
+    """A dataclass field with its one-line comment `doc` and, where given, its valid values or its limits.
+
+    `minimum` and `maximum` are valid values themselves, `above` and `below` are not. In a list they hold for each item.
+    """
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    metadata = {"doc": doc, "choices": choices, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -122,12 +136,11 @@ def _scalar(kind: Any, metadata: Mapping[str, Any], value: Any, key: str, wrong:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         scalar = kind is str and not isinstance(value, Mapping | list)
         raise ConfigError(wrong + (f"; quote what looks like another type: '\"{show(value)}\"'" if scalar else ""))
-    choices, minimum, maximum = metadata["choices"], metadata["minimum"], metadata["maximum"]
-    if choices and value not in choices:
+    if metadata["choices"] and value not in metadata["choices"]:
         raise ConfigError(wrong)
     if kind is str and not value:
         raise ConfigError(f"{key}='': must not be empty")
-    if (minimum is not None and not value >= minimum) or (maximum is not None and not value <= maximum):
+    if not all(holds(value, metadata[limit]) for limit, holds in _LIMITS.items() if metadata[limit] is not None):
         raise ConfigError(wrong)
     return value
 
@@ -144,13 +157,13 @@ def _expected(kind: Any, metadata: Mapping[str, Any]) -> str:
     plural = typing.get_origin(kind) is tuple
     if metadata["choices"]:
         return ("a list of " if plural else "one of ") + _listed(show(choice) for choice in metadata["choices"])
-    if plural:
-        return "a list of texts"
-    words = WORDS[kind]
+    words = f"a list of {PLURALS[typing.get_args(kind)[0]]}" if plural else WORDS[kind]
     low, high = metadata["minimum"], metadata["maximum"]
     if low is not None and high is not None:
         return f"{words} from {low} to {high}"
-    return words if low is None else f"{words} of at least {low}"
+    named = {"minimum": "of at least", "above": "above", "maximum": "of at most", "below": "below"}
+    limits = [f"{prefix} {metadata[limit]}" for limit, prefix in named.items() if metadata[limit] is not None]
+    return " ".join([words, " and ".join(limits)]) if limits else words
 
 
 def _assigned(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The configuration described from its own sources: comments of harness/schema.py, defaults and choices of conf/.
+"""The configuration described from its own sources: comments of harness/schema*.py, defaults and choices of conf/.
 
 `python -m harness.manual > docs/configuration.md` brings the written form up to date.
 """
@@ -20,7 +20,8 @@ Speculative decoding with sparse verification: measures autoregressive, dense an
 
   python run.py attn.topk=32 task=squad                one run
   python run.py -m attn.topk=8,16,32 task=xsum,squad   a sweep over every combination
-  python run.py experiment=first_table                 a named experiment
+  python run.py experiment=hybrid                      a named experiment: all of the method on a dense model
+  python run.py moe=union model=carved_moe attn=dense  one mechanism alone
   python run.py --cfg job attn=dense                   the composed configuration, nothing runs
   python run.py --help                                 this text; --hydra-help for Hydra's own flags
 
@@ -47,7 +48,7 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Written by `python -m harness.manual`: comments from `harness/schema.py`, defaults from `conf/`.",
+        "Written by `python -m harness.manual`: comments from `harness/schema*.py`, defaults from `conf/`.",
         "`group=choice` changes a group, `key=value` a key; with `-m`, comma-separated values are a sweep.",
         "",
         "| group | choices (default in bold) |",
@@ -64,19 +65,20 @@ def markdown() -> str:
 
 
 def every_key() -> Iterator[tuple[str, Any, str]]:
-    """(key, default, the choice that brings it where the default choice does not) of every key."""
+    """(key, default, the choices that bring it where the default choice does not) of every key."""
     top = _load(CONF / "config.yaml")
     yield from ((key, value, "") for key, value in top.items() if key not in ("defaults", "hydra"))
     defaults = _defaults()
     for group, (discriminator, _) in GROUPS.items():
-        seen: set[str] = set()
+        found: dict[str, tuple[Any, list[str]]] = {}
         for choice in sorted(_files(group), key=lambda name: name != defaults[group]):
             content = _load(CONF / group / f"{choice}.yaml")
+            bringing = "" if choice == defaults[group] else str(content[discriminator])
             for key, value in _flat(content, group):
-                if key not in seen:
-                    seen.add(key)
-                    label = "" if choice == defaults[group] else f"{group}={content[discriminator]}"
-                    yield key, value, label
+                choices = found.setdefault(key, (value, []))[1]
+                choices += [bringing] if bringing not in choices else []
+        for key, (value, choices) in found.items():
+            yield key, value, "" if "" in choices else f"{group}={' or '.join(choices)}"
 
 
 def yaml_lines(content: Mapping[str, Any], path: str = "", indent: int = 0) -> Iterator[str]:

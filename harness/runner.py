@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 
 from harness import build, console, roofline
 from harness.build import Engine, Plan
+from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
+from harness.engine.fidelity import compare
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
 from harness.schema import Config, ConfigError, WandbOffline
 from harness.timing import OtherLoad
+from sparse.budget import Sparsity
+from sparse.trace import AXES
 from tasks.grading import cut_at_stop
 from tasks.prompting import Prepared
 
@@ -153,17 +158,33 @@ def _example(plan: Plan, engine: Engine, item: Prepared, number: int) -> list[Re
     arms = plan.config.arms
     order = arms if number % 2 == 0 else tuple(reversed(arms))
     decoded = {arm: _decode(plan, engine, prefix, arm) for arm in order}
-    return [_record(plan, item, arm, decoded[arm]) for arm in arms]
+    extra = _analyse(plan, engine, prefix, decoded) if plan.config.analysis else {}
+    return [_record(plan, item, arm, decoded[arm], extra.get(arm, {})) for arm in arms]
 
 
 def _decode(plan: Plan, engine: Engine, prefix: Prefix, arm: str) -> Decoded:
     return engine.decoder.decode(prefix, engine.drafters[arm], plan.budgets[arm], plan.config.task.max_new_tokens)
 
 
-def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded) -> Record:
+def _analyse(plan: Plan, engine: Engine, prefix: Prefix, decoded: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
+    """Fidelity and selections of the drafting sparse arm on the dense arm's trajectory; untimed."""
+    if not {"dense", "sparse"} <= set(decoded) or not decoded["dense"].transcript:
+        return {}
+    sparsity, truth = plan.budgets["sparse"], decoded["dense"]
+    probe = None if sparsity.attention.is_dense else SelectionAnalysis(sparsity.attention, plan.shape.layers)
+    dense = engine.decoder.replay(prefix, truth, Sparsity())
+    sparse = engine.decoder.replay(prefix, truth, sparsity, probe)
+    found: dict[str, Any] = {"fidelity": asdict(compare(dense, sparse, truth))}
+    if probe is not None:
+        found["selections"] = probe.means()
+    return {"sparse": found}
+
+
+def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, extra: dict[str, Any]) -> Record:
     text = cut_at_stop(plan.tokenizer.decode(decoded.output, skip_special_tokens=True), plan.task.stop)
-    steps = len(decoded.step_seconds)
+    steps, trace = len(decoded.step_seconds), decoded.trace
     longest = max(decoded.histogram, default=0)
+    layers = plan.shape.layers
     return Record(
         example_id=item.example.id,
         arm=arm,
@@ -174,7 +195,7 @@ def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded) -> Record:
         ttft_seconds=decoded.ttft_seconds,
         steps=steps,
         histogram=tuple(decoded.histogram[new] for new in range(longest + 1)),
-        paths=dict(decoded.trace.paths),
+        paths=dict(trace.paths),
         prompt_sha=item.sha,
         prompt_tokens=len(item.ids),
         truncated_tokens=item.truncated_tokens,
@@ -182,9 +203,15 @@ def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded) -> Record:
         step_ms=tuple(round(1e3 * seconds, 4) for seconds in decoded.step_seconds),
         draft_seconds=decoded.draft_seconds,
         accept_seconds=decoded.accept_seconds,
-        attention_density=decoded.trace.density,
+        component_seconds=dict(trace.seconds),
+        density={axis: trace.density(axis) for axis in AXES},
+        layer_density={axis: trace.densities(axis, layers) for axis in AXES},
+        unique_experts=[count / steps for _, count in sorted(trace.experts_loaded.items())] if steps else [],
+        pairs=dict(trace.pairs),
+        stale={str(age): count for age, count in sorted(trace.stale.items())},
         bytes_per_step=decoded.bytes / steps if steps else None,
         flops_per_step=decoded.flops / steps if steps else None,
+        **extra,
     )
 
 

@@ -13,10 +13,7 @@ from typing import Any
 
 from harness.fields import ConfigError, fields_of, is_settings, join, parse, setting, show, to_plain, unknown_key
 from harness.schema_groups import (
-    BlockTopkAttention,
-    DenseAttention,
-    DenseFfn,
-    DenseMoe,
+    CarvedModelConfig,
     EagerEngine,
     GreedyDecode,
     HfModelConfig,
@@ -26,7 +23,6 @@ from harness.schema_groups import (
     ModelConfig,
     NeedleConfig,
     NoDraft,
-    NoReuse,
     NoTrack,
     QmsumConfig,
     ShapeModelConfig,
@@ -35,32 +31,66 @@ from harness.schema_groups import (
     Wandb,
     WandbOffline,
 )
+from harness.schema_sparsity import (
+    AnchorReuse,
+    BlockTopkAttention,
+    DenseAttention,
+    DenseFfn,
+    DenseMoe,
+    FloorMoe,
+    MedianRatioMoe,
+    NoReuse,
+    QuantileFfn,
+    SkipReuse,
+    SparseFfn,
+    SparseMoe,
+    ThresholdFfn,
+    TopkFfn,
+    TopkMoe,
+    ToppMoe,
+    UnionMoe,
+    check_sparsity,
+    is_sparse,
+)
 
 __all__ = [
     "ARMS",
     "DOCS",
     "GROUPS",
+    "AnchorReuse",
     "BlockTopkAttention",
+    "CarvedModelConfig",
     "Config",
     "ConfigError",
     "DenseAttention",
     "DenseFfn",
     "DenseMoe",
     "EagerEngine",
+    "FloorMoe",
     "GreedyDecode",
     "HfModelConfig",
     "HubConfig",
     "HubTaskConfig",
     "LookupDraft",
+    "MedianRatioMoe",
     "ModelConfig",
     "NeedleConfig",
     "NoDraft",
     "NoReuse",
     "NoTrack",
     "QmsumConfig",
+    "QuantileFfn",
     "ShapeModelConfig",
+    "SkipReuse",
+    "SparseFfn",
+    "SparseMoe",
     "SquadLongConfig",
     "TaskConfig",
+    "ThresholdFfn",
+    "TopkFfn",
+    "TopkMoe",
+    "ToppMoe",
+    "UnionMoe",
     "Wandb",
     "WandbOffline",
     "explain_unknown",
@@ -93,6 +123,11 @@ class Config:
         "sparse_ar = sparse without drafts",
         choices=ARMS,
     )
+    calibration: str | None = setting("file written by scripts.calibrate for this model, null = none")
+    analysis: bool = setting(
+        "after the timed arms, an untimed pass over the dense output: fidelity, and overlap, similarity and recall of "
+        "selections"
+    )
     seed: int = setting("seed of everything random: demonstrations, synthetic documents, random weights", minimum=0)
     results_dir: str = setting("folder that runs, tables and figures are written to")
     rerun: bool = setting("run again even if this configuration is finished")
@@ -114,12 +149,25 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
             "qmsum": QmsumConfig,
         },
     ),
-    "model": ("kind", {"smollm2": ModelConfig, "hf": HfModelConfig, "shape": ShapeModelConfig}),
+    "model": (
+        "kind",
+        {"smollm2": ModelConfig, "hf": HfModelConfig, "shape": ShapeModelConfig, "carved_moe": CarvedModelConfig},
+    ),
     "draft": ("name", {"none": NoDraft, "lookup": LookupDraft}),
     "attn": ("name", {"dense": DenseAttention, "block_topk": BlockTopkAttention}),
-    "ffn": ("name", {"dense": DenseFfn}),
-    "moe": ("name", {"dense": DenseMoe}),
-    "reuse": ("name", {"none": NoReuse}),
+    "ffn": ("name", {"dense": DenseFfn, "topk": TopkFfn, "threshold": ThresholdFfn, "quantile": QuantileFfn}),
+    "moe": (
+        "name",
+        {
+            "dense": DenseMoe,
+            "union": UnionMoe,
+            "median_ratio": MedianRatioMoe,
+            "topk": TopkMoe,
+            "topp": ToppMoe,
+            "floor": FloorMoe,
+        },
+    ),
+    "reuse": ("name", {"none": NoReuse, "anchors": AnchorReuse, "skips": SkipReuse}),
     "decode": ("name", {"greedy": GreedyDecode}),
     "engine": ("name", {"eager": EagerEngine}),
     "track": ("name", {"none": NoTrack, "wandb_offline": WandbOffline, "wandb": Wandb}),
@@ -134,8 +182,10 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     """
     groups = {group: _group(group, raw.get(group)) for group in GROUPS}
     config = parse(Config, {**raw, **groups}, "")
-    for check in (_check_arms, _check_source, _check_lengths, _check_attention):
+    for check in (_check_arms, _check_source, _check_lengths):
         check(config)
+    check_sparsity(config.attn, config.ffn, config.moe, config.reuse, config.calibration)
+    _check_cache(config)
     return replace(config, model=_labelled(config.model))
 
 
@@ -176,7 +226,8 @@ def _check_arms(config: Config) -> None:
     typed = f"arms={show(arms)}"
     if not arms or len(set(arms)) < len(arms):
         raise ConfigError(f"{typed}: name at least one of {', '.join(ARMS)}, each once")
-    if not _sparse_groups(config) and (idle := [arm for arm in arms if arm in SPARSE]):
+    sparse = is_sparse(config.attn, config.ffn, config.moe, config.reuse)
+    if not sparse and (idle := [arm for arm in arms if arm in SPARSE]):
         left = show([arm for arm in arms if arm not in SPARSE] or ["ar", "dense"])
         raise ConfigError(
             f"{typed}: {' and '.join(idle)} would be dense, as attn, ffn and moe are all dense; "
@@ -186,24 +237,20 @@ def _check_arms(config: Config) -> None:
         raise ConfigError(f"{typed}: {' and '.join(idle)} need drafts; choose draft=lookup or arms=[ar,sparse_ar]")
 
 
-def _check_attention(config: Config) -> None:
-    """A block budget that holds the blocks that always stay and is not above the cache."""
+def _check_cache(config: Config) -> None:
+    """A block budget that is not above the longest context that the task allows."""
     attn, task = config.attn, config.task
-    if not isinstance(attn, BlockTopkAttention):
+    if not isinstance(attn, BlockTopkAttention) or task.max_prompt_tokens is None:
         return
-    fixed = attn.sinks + attn.window
-    if attn.topk < fixed:
+    longest = task.max_prompt_tokens + task.max_new_tokens
+    cache = f"the cache of {longest} (task.max_prompt_tokens + task.max_new_tokens)"
+    if attn.budget == "fixed" and attn.topk * attn.block_size > longest:
         raise ConfigError(
-            f"attn.topk={attn.topk}: must be at least attn.sinks + attn.window = {fixed}, as it counts these blocks too"
+            f"attn.topk={attn.topk}: blocks of {attn.block_size} make {attn.topk * attn.block_size} tokens, more than "
+            f"{cache} holds; choose {max(longest // attn.block_size, 1)} or less"
         )
-    if task.max_prompt_tokens is not None:
-        budget, longest = attn.topk * attn.block_size, task.max_prompt_tokens + task.max_new_tokens
-        if budget > longest:
-            raise ConfigError(
-                f"attn.topk={attn.topk}: blocks of {attn.block_size} make {budget} tokens, more than the cache "
-                f"of {longest} (task.max_prompt_tokens + task.max_new_tokens) holds; "
-                f"choose {max(longest // attn.block_size, 1)} or less"
-            )
+    if attn.budget == "piecewise" and attn.l0 >= longest:
+        raise ConfigError(f"attn.l0={attn.l0}: {cache} never goes beyond it; choose less than {longest}")
 
 
 def _check_source(config: Config) -> None:
@@ -253,12 +300,6 @@ def _labelled(model: ModelConfig) -> ModelConfig:
             "model.path=null: model=hf needs a hub id, a folder or a .gguf file, model.path=<one of them>"
         )
     return replace(model, name=model.name or PurePath(model.path).name or model.path)
-
-
-def _sparse_groups(config: Config) -> list[str]:
-    """The sparsity groups that are not dense."""
-    choices = {"attn": config.attn.name, "ffn": config.ffn.name, "moe": config.moe.name}
-    return [group for group, name in choices.items() if name != "dense"]
 
 
 def _choices() -> Iterator[tuple[str, str, type[Any]]]:

@@ -1,6 +1,7 @@
 """The settings of each configuration group: one frozen dataclass per choice, a comment and limits on every field.
 
-`harness.schema` puts them together into a Config and holds the checks across groups; defaults live in conf/. No torch.
+Those of the sparsity groups are in `harness.schema_sparsity`. `harness.schema` puts all of them together into a Config
+and holds the checks across groups; defaults live in conf/. No torch.
 """
 
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ class ModelConfig:
     """Settings that every model has; by itself the packaged SmolLM2-135M-Instruct."""
 
     kind: str = setting(
-        "smollm2 = the packaged model, hf = a checkpoint, shape = random weights", choices=("smollm2", "hf", "shape")
+        "smollm2 = the packaged model, hf = a checkpoint, shape = random weights, carved_moe = the packaged model with "
+        "its feed-forward layers carved into experts",
+        choices=("smollm2", "hf", "shape", "carved_moe"),
     )
     name: str | None = setting("label in tables and results, null = the last part of model.path")
     dtype: str = setting(
@@ -96,7 +99,9 @@ class ModelConfig:
 class HfModelConfig(ModelConfig):
     """A checkpoint of the hub or of this machine."""
 
-    path: str | None = setting("hub id, folder or .gguf file of the checkpoint")
+    path: str | None = setting(
+        "hub id, folder or .gguf file; with model=carved_moe the file of scripts.carve_moe, null = where it writes it"
+    )
     revision: str | None = setting("branch, tag or commit on the hub, null = its main branch")
 
 
@@ -106,6 +111,16 @@ class ShapeModelConfig(ModelConfig):
 
     arch: str = setting("public architecture whose shape is used")
     layers: int | None = setting("decoder layers kept, null = all", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CarvedModelConfig(ModelConfig):
+    """The packaged model as a mixture of experts: its channels grouped, with a router fitted to them."""
+
+    path: str | None = setting(
+        "hub id, folder or .gguf file; with model=carved_moe the file of scripts.carve_moe, null = where it writes it"
+    )
+    active: int = setting("routed experts that a token uses", minimum=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,53 +136,6 @@ class LookupDraft(NoDraft):
 
     k: int = setting("draft tokens proposed per step at most", minimum=1)
     max_ngram: int = setting("longest n-gram of recent tokens looked up", minimum=1)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseAttention:
-    """Attention over the whole cache (a no-op)."""
-
-    name: str = setting("how a sparse step attends to the cache")
-
-
-@dataclass(frozen=True, slots=True)
-class BlockTopkAttention(DenseAttention):
-    """Attention to the best cache blocks per KV head (METHOD section 2)."""
-
-    topk: int = setting("whole cache blocks kept per KV head, attn.sinks and attn.window included", minimum=1)
-    block_size: int = setting("cache positions per block", choices=(16, 32, 64))
-    sinks: int = setting("first blocks that always stay", minimum=0)
-    window: int = setting("last whole blocks that always stay", minimum=0)
-    dense_layers: int = setting("first layers that attend to the whole cache", minimum=0)
-    score: str = setting(
-        "block score: mean key times query, or upper bound from per-channel extremes", choices=("mean", "bound")
-    )
-    query: str = setting(
-        "query that picks the blocks: first token of the step, or mean or max over its tokens",
-        choices=("first", "mean", "max"),
-    )
-    gqa: str = setting("how scores of the query heads that share a KV head are joined", choices=("mean", "max"))
-
-
-@dataclass(frozen=True, slots=True)
-class DenseFfn:
-    """The whole feed-forward layer (a no-op)."""
-
-    name: str = setting("how a sparse step computes the feed-forward layers")
-
-
-@dataclass(frozen=True, slots=True)
-class DenseMoe:
-    """All experts that the router picks (a no-op)."""
-
-    name: str = setting("how a sparse step computes mixture-of-experts layers")
-
-
-@dataclass(frozen=True, slots=True)
-class NoReuse:
-    """Every layer makes its own selection (a no-op)."""
-
-    name: str = setting("what layers and steps take over from each other")
 
 
 @dataclass(frozen=True, slots=True)

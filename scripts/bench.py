@@ -25,13 +25,14 @@ from harness import roofline
 from harness.engine.cache import KVCache
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import NoDrafter
-from harness.engine.model import loading
+from harness.engine.model import healing, loading
 from harness.engine.model.byte_tokenizer import ByteTokenizer
 from harness.engine.model.families import adapt
 from harness.engine.model.step import Step
+from harness.engine.model.verification import Verification
 from harness.timing import Clock, make_clock
-from sparse.budget import AttentionBudget
-from sparse.cost import ModelShape, selector_bytes, step_bytes
+from sparse.budget import AttentionBudget, FfnBudget, MoeBudget, ReuseBudget, Sparsity
+from sparse.cost import trace_bytes
 from sparse.ops.block_attention import eager, naive
 from sparse.scoring import block_scores
 from sparse.selection import select_blocks
@@ -50,7 +51,8 @@ class Bench:
         library: the library's own model, the same weights; None for random weights.
         step, cache, prompt: our engine with the prompt prefilled.
         draft: draft tokens of a speculative step.
-        budget: of the sparse arms.
+        arms: what is timed: tokens and budgets by name.
+        budget: attention budget of the sparse arms.
         clock: the only clock.
         bandwidth: measured, bytes per second.
     """
@@ -60,6 +62,7 @@ class Bench:
     cache: KVCache
     prompt: list[int]
     draft: int
+    arms: dict[str, tuple[int, Sparsity]]
     budget: AttentionBudget
     clock: Clock
     bandwidth: float
@@ -101,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", type=int, default=6, help="draft tokens of a speculative step (default %(default)s)")
     parser.add_argument("--kept", type=int, default=512, help="kept positions per KV head (default %(default)s)")
     parser.add_argument("--block-size", type=int, default=16, help="positions per block (default %(default)s)")
+    parser.add_argument("--ffn-keep", type=float, default=2 / 3, help="share of FFN channels kept (default 1024/1536)")
+    parser.add_argument("--carved", action="store_true", help="SmolLM2 carved into experts (scripts.carve_moe)")
+    parser.add_argument("--union", type=int, default=6, help="routed experts loaded per layer (default %(default)s)")
+    parser.add_argument("--anchors", type=int, default=3, help="every n-th layer retrieves (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds over all arms (default %(default)s)")
@@ -128,9 +135,13 @@ def prepare(options: argparse.Namespace) -> Bench:
         tokenizer: Any = ByteTokenizer()
     else:
         folder = str(loading.smollm2_folder())
-        library, model = loading.load_model(folder, dtype, device), loading.load_model(folder, dtype, device)
+        library = None if options.carved else loading.load_model(folder, dtype, device)
+        if options.carved:
+            model = healing.load_carved(None, 8, dtype, device, folder)
+        else:
+            model = loading.load_model(folder, dtype, device)
         tokenizer = loading.load_tokenizer(folder)
-    step = Step(adapt(model, packed=True))
+    step = Step(adapt(model, packed=True, channels=True))
     capacity = options.context + options.draft + options.tokens + 1
     if capacity > step.weights.positions:
         raise ValueError(f"--context={options.context}: the model has {step.weights.positions} positions")
@@ -142,6 +153,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         cache=step.new_cache(capacity, budget),
         prompt=_prompt(tokenizer, options.context),
         draft=options.draft,
+        arms=_arms(options, step, budget),
         budget=budget,
         clock=make_clock(device.type),
         bandwidth=roofline.bandwidth(device.type, threads),
@@ -149,6 +161,22 @@ def prepare(options: argparse.Namespace) -> Bench:
     step.prefill(torch.tensor(bench.prompt, device=device), bench.cache, chunk=1024)
     bench.cache.refresh_summaries()
     return bench
+
+
+def _arms(options: argparse.Namespace, step: Step, budget: AttentionBudget) -> dict[str, tuple[int, Sparsity]]:
+    """Dense and sparse steps; every axis that the model has, alone and together."""
+    rows, shape = options.draft + 1, step.weights.shape
+    reuse = ReuseBudget(anchors=tuple(range(0, shape.layers, options.anchors)))
+    axes = {"sparse": Sparsity(budget), "anchors": Sparsity(budget, reuse=reuse)}
+    if shape.experts:
+        axes["experts"] = Sparsity(moe=MoeBudget(union=options.union))
+        axes["hybrid"] = Sparsity(budget, moe=MoeBudget(union=options.union), reuse=reuse)
+    else:
+        ffn = FfnBudget(rule="topk", keep=options.ffn_keep)
+        axes["ffn"] = Sparsity(ffn=ffn)
+        axes["hybrid"] = Sparsity(budget, ffn, reuse=reuse)
+    single = {"dense 1": (1, Sparsity()), f"dense {rows}": (rows, Sparsity()), "sparse 1": (1, Sparsity(budget))}
+    return single | {f"{name} {rows}": (rows, sparsity) for name, sparsity in axes.items()}
 
 
 def _prompt(tokenizer: Any, tokens: int) -> list[int]:
@@ -176,7 +204,8 @@ def _check_operator(bench: Bench) -> list[str]:
     queries = torch.randn(shape.kv_heads, rows * groups, shape.head_dim, device=keys.device).to(keys.dtype)
     queries *= shape.head_dim**-0.5
     whole = (length - rows) // budget.block_size
-    blocks = select_blocks(block_scores(queries, cache.summaries(0), budget, groups)[:, :whole], budget)
+    scores = block_scores(queries, cache.summaries(0), budget, groups)[:, :whole]
+    blocks = select_blocks(scores, budget, budget.topk or 1).blocks
     tail, size = whole * budget.block_size, budget.block_size
     fast = eager.block_attention(
         queries, keys, values, blocks, tail_start=tail, length=length, block_size=size, groups=groups
@@ -208,32 +237,36 @@ def _check_tokens(bench: Bench, tokens: int = 4) -> list[str]:
 def _decode(bench: Bench, tokens: int) -> list[int]:
     decoder = Decoder(bench.step, bench.cache, stop=StopRule(), clock=bench.clock, prefill_chunk=1024)
     prefix = decoder.prefill(bench.prompt)
-    return decoder.decode(prefix, NoDrafter(), AttentionBudget.dense(), tokens).output
+    return decoder.decode(prefix, NoDrafter(), Sparsity(), tokens).output
 
 
 Arm = Callable[[], object]
 
 
 def step_arms(bench: Bench) -> dict[str, Arm]:
-    """One call a step: dense and sparse, one token and a whole draft."""
-    dense, device, length = AttentionBudget.dense(), bench.step.weights.device, len(bench.prompt)
+    """One call a step."""
 
-    def arm(rows: int, budget: AttentionBudget) -> Arm:
-        tokens = torch.tensor([bench.prompt[-rows:]], device=device)
+    def arm(rows: int, sparsity: Sparsity) -> Arm:
+        tokens = torch.tensor([bench.prompt[-rows:]], device=bench.step.weights.device)
 
         def once() -> Tensor:
-            bench.cache.truncate(0, length)
-            return bench.step.verify(tokens, bench.cache, budget)
+            bench.cache.truncate(0, len(bench.prompt))
+            return bench.step.verify(tokens, bench.cache, Verification(sparsity))
 
         return once
 
-    rows = bench.draft + 1
-    return {
-        "dense 1": arm(1, dense),
-        f"dense {rows}": arm(rows, dense),
-        "sparse 1": arm(1, bench.budget),
-        f"sparse {rows}": arm(rows, bench.budget),
-    }
+    return {name: arm(rows, sparsity) for name, (rows, sparsity) in bench.arms.items()}
+
+
+def step_bytes(bench: Bench) -> dict[str, float]:
+    """Least bytes of one step of every arm, from what a step really chose."""
+    found = {}
+    for name, (rows, sparsity) in bench.arms.items():
+        run = Verification(sparsity)
+        bench.cache.truncate(0, len(bench.prompt))
+        bench.step.verify(torch.tensor([bench.prompt[-rows:]], device=bench.step.weights.device), bench.cache, run)
+        found[name] = trace_bytes(bench.step.weights.shape, sparsity.attention, run.trace)
+    return found
 
 
 def alternate(arms: dict[str, Arm], clock: Clock, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -263,7 +296,8 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, 
 def _card(bench: Bench, options: argparse.Namespace, screen: Console) -> None:
     weights, shape = bench.step.weights, bench.step.weights.shape
     kept = bench.budget.topk or 0
-    screen.print(f"model        {options.arch or 'SmolLM2-135M-Instruct'}, {weights.dtype}")
+    name = "SmolLM2-135M-Instruct, carved into experts" if options.carved else "SmolLM2-135M-Instruct"
+    screen.print(f"model        {options.arch or name}, {weights.dtype}")
     screen.print(f"device       {roofline.device_text(weights.device, torch.get_num_threads())}")
     screen.print(f"bandwidth    {bench.bandwidth / 1e9:.1f} GB/s measured")
     screen.print(f"weights      {shape.weight_bytes / 1e6:.1f} MB read per step")
@@ -271,42 +305,31 @@ def _card(bench: Bench, options: argparse.Namespace, screen: Console) -> None:
     screen.print(f"sparse arms  {kept} blocks of {bench.budget.block_size} per KV head, draft of {bench.draft} tokens")
 
 
-def _limit(bench: Bench, name: str) -> float:
-    """Least seconds of one step: its bytes over the bandwidth."""
-    shape: ModelShape = bench.step.weights.shape
-    rows, length = int(name.rpartition(" ")[2]), len(bench.prompt)
-    if name.startswith("dense"):
-        return step_bytes(shape, length + rows) / bench.bandwidth
-    blocks, size = length // bench.budget.block_size, bench.budget.block_size
-    attended = (bench.budget.topk or 0) * size + length % size + rows
-    return step_bytes(shape, attended, selector_bytes(shape, bench.budget, shape.layers, blocks)) / bench.bandwidth
-
-
 def _steps_report(bench: Bench, times: dict[str, list[float]], screen: Console) -> dict[str, Any]:
     table = Table(title="one step", title_justify="left")
     for column in ("arm and tokens", "median ms", "p10", "p90", "limit ms", "of limit"):
         table.add_column(column, justify="left" if column.startswith("arm") else "right")
     found: dict[str, Any] = {"context": len(bench.prompt), "bandwidth_gb_s": round(bench.bandwidth / 1e9, 2)}
+    read = step_bytes(bench)
     for name, seconds in times.items():
-        middle, ordered, limit = statistics.median(seconds), sorted(seconds), _limit(bench, name)
+        middle, ordered, limit = statistics.median(seconds), sorted(seconds), read[name] / bench.bandwidth
         low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
         cells = [f"{1e3 * value:.2f}" for value in (middle, low, high, limit)]
         table.add_row(name, *cells, f"{limit / middle:.0%}")
         found[name.replace(" ", "_") + "_ms"] = round(1e3 * middle, 3)
         found[name.replace(" ", "_") + "_limit_ms"] = round(1e3 * limit, 3)
     screen.print(table)
-    rows = bench.draft + 1
-    for over, under in ((f"dense {rows}", "dense 1"), (f"sparse {rows}", f"dense {rows}"), ("sparse 1", "dense 1")):
+    dense = f"dense {bench.draft + 1}"
+    pairs = [(dense, "dense 1"), ("sparse 1", "dense 1")]
+    pairs += [(name, dense) for name in times if not name.startswith("dense") and not name.endswith(" 1")]
+    for over, under in pairs:
         middle, low, high = ratio(times, over, under)
-        screen.print(
-            f"{over} / {under}: {middle:.3f} [{low:.3f}, {high:.3f}] (limit {_limits_ratio(bench, over, under):.3f})"
-        )
+        limit = read[over] / read[under]
+        realised = "" if limit >= 1 else f", {(1 - middle) / (1 - limit):.0%} of the saved bytes realised"
+        screen.print(f"{over} / {under}: {middle:.3f} [{low:.3f}, {high:.3f}] (limit {limit:.3f}{realised})")
         found[f"{over}/{under}".replace(" ", "_")] = round(middle, 4)
+        found[f"{over}/{under}_limit".replace(" ", "_")] = round(limit, 4)
     return found
-
-
-def _limits_ratio(bench: Bench, over: str, under: str) -> float:
-    return _limit(bench, over) / _limit(bench, under)
 
 
 def _loop_report(bench: Bench, options: argparse.Namespace, screen: Console) -> dict[str, Any]:
@@ -325,7 +348,7 @@ def _loop_report(bench: Bench, options: argparse.Namespace, screen: Console) -> 
             ids, past_key_values=copied, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
         )
         generated = bench.clock() - start
-        decoded = decoder.decode(prefix, NoDrafter(), AttentionBudget.dense(), tokens + 1)
+        decoded = decoder.decode(prefix, NoDrafter(), Sparsity(), tokens + 1)
         if turn:
             times["generate"].append(generated / tokens)
             times["ar"].append(decoded.seconds / tokens)

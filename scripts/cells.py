@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.evidence.rows import TIMES, Estimate, Row
+from harness.evidence.labels import TIMES
+from harness.evidence.rows import Estimate, Row
 
 NOTHING = "\u2013"
 MINUS = "\u2212"
 ARROW = "\u2192"
+CARVED = (
+    "carved_moe: a dense model cut into experts without training; it orders policies, its quality says nothing about "
+    "trained MoEs"
+)
+SIMULATED_NOTE = (
+    "simulated: something is masked instead of skipped, or read that the method would not read; its fidelity holds, its "
+    "time and bytes do not."
+)
 
 _LATEX = {
     "\\": r"\textbackslash{}",

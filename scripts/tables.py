@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.evidence.rows import TIMES, Row
+from harness.evidence.labels import TIMES
+from harness.evidence.rows import Row
 from harness.evidence.store import write_text
 from scripts import cells, common
 from scripts.cells import ARROW, NOTHING, Grid

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import floor
 
 BLOCK_SIZES = (16, 32, 64)
-SCORES = ("mean", "bound", "oracle")
+SCORES = ("mean", "bound", "gaussian", "oracle")
 QUERIES = ("first", "mean", "max", "weighted")
 REDUCTIONS = ("mean", "max")
 HEAD_BUDGETS = ("per_head", "pooled")
@@ -43,8 +43,9 @@ class AttentionBudget:
         sinks: first blocks that always stay.
         window: last whole blocks that always stay.
         dense_layers: number of first layers that stay dense.
-        score: ``mean`` is q . mean(keys); ``bound`` is the upper bound of q . k from the keys' min and max; ``oracle``
-            is the attention mass itself, which reads every key: an upper bound of quality, not a saving.
+        score: ``mean`` is q . mean(keys); ``bound`` is the upper bound of q . k from the keys' min and max;
+            ``gaussian`` is log mean exp(q . k) if the keys were normal with the block's mean and variance per channel;
+            ``oracle`` is the attention mass itself, which reads every key: an upper bound of quality, not a saving.
         query: whose query retrieves: ``first`` (root of the draft), ``mean`` or ``max`` over the step's tokens, or
             ``weighted``, a mean in which the n-th draft token counts ``survival`` ** n.
         gqa: how the scores of the query heads that share a KV head become one.
@@ -121,7 +122,7 @@ class AttentionBudget:
         """Names of the block summaries that the score reads."""
         if self.is_dense or self.score == "oracle":
             return ()
-        return ("mean",) if self.score == "mean" else ("min", "max")
+        return {"mean": ("mean",), "bound": ("min", "max"), "gaussian": ("mean", "variance")}[self.score]
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,3 +302,8 @@ class Sparsity:
         """Whether nothing can be skipped."""
         no_layer = not (self.reuse.skip and self.reuse.skip_layers)
         return self.attention.is_dense and self.ffn.is_dense and self.moe.is_dense and no_layer
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether FFN and MoE layers choose nothing, so that the sequences of a batch may run through them at once."""
+        return self.ffn.is_dense and self.moe.is_dense and not self.reuse.skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse.budget import AttentionBudget
 
-SUMMARIES = ("mean", "min", "max")
+SUMMARIES = ("mean", "min", "max", "variance")
 
 
 def summarise_blocks(keys: Tensor, block_size: int, name: str) -> Tensor:
@@ -18,10 +18,10 @@ def summarise_blocks(keys: Tensor, block_size: int, name: str) -> Tensor:
     Args:
         keys: [..., head_dim, positions], positions a multiple of ``block_size``.
         block_size: positions per block.
-        name: ``mean``, ``min`` or ``max``.
+        name: ``mean``, ``min``, ``max`` or ``variance`` (over the block's positions, not corrected for their number).
 
     Returns:
-        [..., head_dim, blocks] in the dtype of ``keys``; the mean is accumulated in fp32.
+        [..., head_dim, blocks] in the dtype of ``keys``; mean and variance are accumulated in fp32.
 
     Raises:
         ValueError: an unknown summary.
@@ -29,6 +29,8 @@ def summarise_blocks(keys: Tensor, block_size: int, name: str) -> Tensor:
     blocks = keys.reshape(*keys.shape[:-1], -1, block_size)
     if name == "mean":
         return blocks.mean(-1, dtype=torch.float32).to(keys.dtype)
+    if name == "variance":
+        return blocks.float().var(-1, correction=0).to(keys.dtype)
     if name == "min":
         return blocks.amin(-1)
     if name == "max":
@@ -42,7 +44,7 @@ def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: Atten
     Args:
         queries: [kv_heads, rows * groups, head_dim]; the ``groups`` query heads of a row stand together.
         summaries: the summaries that ``budget.summaries`` names, each [kv_heads, head_dim, blocks].
-        budget: score, query and GQA switches.
+        budget: score (``mean``, ``bound`` or ``gaussian``), query and GQA switches.
         groups: query heads per KV head.
 
     Returns:
@@ -51,15 +53,46 @@ def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: Atten
     heads, _, head_dim = queries.shape
     if budget.query == "first":
         queries = queries[:, :groups]
-    elif budget.query == "mean":
-        queries = queries.view(heads, -1, groups, head_dim).mean(1)
+    elif budget.query in ("mean", "weighted"):
+        queries = _over_rows(queries.view(heads, -1, groups, head_dim), budget)
     if budget.score == "mean":
         if budget.gqa == "mean" and budget.query != "max":
             return torch.bmm(queries.mean(1, keepdim=True), summaries["mean"]).squeeze(1).float()
         scores = torch.bmm(queries, summaries["mean"])
+    elif budget.score == "gaussian":
+        scores = torch.bmm(queries, summaries["mean"]) + torch.bmm(queries.square(), summaries["variance"]) / 2
     else:
         scores = torch.bmm(queries.clamp(min=0), summaries["max"]) + torch.bmm(queries.clamp(max=0), summaries["min"])
     scores = scores.float()
     if budget.query == "max":
         scores = scores.view(heads, -1, groups, scores.shape[-1]).amax(1)
     return scores.mean(1) if budget.gqa == "mean" else scores.amax(1)
+
+
+def mass_scores(mass: Tensor, budget: AttentionBudget, groups: int) -> Tensor:
+    """Block scores from attention mass, the oracle (METHOD section 2).
+
+    Args:
+        mass: [kv_heads, rows * groups, blocks], share of each row's attention, from ``attention_mass``.
+        budget: query and GQA switches.
+        groups: query heads per KV head.
+
+    Returns:
+        [kv_heads, blocks], fp32.
+    """
+    heads, _, blocks = mass.shape
+    rows = mass.float().view(heads, -1, groups, blocks)
+    if budget.query == "first":
+        scores = rows[:, 0]
+    else:
+        scores = rows.amax(1) if budget.query == "max" else _over_rows(rows, budget)
+    return scores.mean(1) if budget.gqa == "mean" else scores.amax(1)
+
+
+def _over_rows(values: Tensor, budget: AttentionBudget) -> Tensor:
+    """Mean of [heads, rows, ...] over the rows, the n-th row counting survival ** n for ``weighted`` queries."""
+    if budget.query == "mean":
+        return values.mean(1)
+    weights = budget.survival ** torch.arange(values.shape[1], device=values.device, dtype=torch.float32)
+    weights = (weights / weights.sum()).to(values.dtype)
+    return torch.tensordot(weights, values, dims=([0], [1]))

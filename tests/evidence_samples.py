@@ -1,6 +1,7 @@
 """Made-up records, configurations and run folders for the tests of evidence, tables and plots."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from harness.evidence import Record, RunStore, build_summary, provenance
 ARMS = ("ar", "dense", "sparse")
 STEP_MS = {"ar": 20.0, "dense": 30.0, "sparse": 22.0}
 STEP_BYTES = {"ar": 4.0e8, "dense": 4.4e8, "sparse": 3.0e8}
+LAYERS = 6
+DISTANCES = 6
+EXPERTS = 16
+TRAFFIC = {"attention": 0.38, "ffn": 0.28, "experts": 0.42}
+SHARES = {"draft": 0.02, "linear": 0.2, "head": 0.2, "accept": 0.02}
 
 
 def record(example: str = "e0", arm: str = "ar", *, histogram: tuple[int, ...] = (0, 3), **changes: Any) -> Record:
@@ -33,16 +39,99 @@ def record(example: str = "e0", arm: str = "ar", *, histogram: tuple[int, ...] =
         "step_ms": (STEP_MS.get(arm, 25.0),) * steps,
         "draft_seconds": steps * 0.001,
         "accept_seconds": steps * 0.0005,
-        "attention_density": 0.25 if arm == "sparse" else 1.0,
+        "density": {"attention": 0.25 if arm == "sparse" else 1.0},
         "bytes_per_step": STEP_BYTES.get(arm, 4e8),
         "flops_per_step": 1.0e9,
     }
     return Record(**(values | changes))
 
 
-def example(name: str, arms: tuple[str, ...] = ARMS, *, seed: int = 0, gain: float = 1.3) -> list[Record]:
-    """One example with every arm, its numbers drawn from `seed` and `name`."""
-    rng = random.Random(f"{seed}/{name}")
+def densities(settings: Mapping[str, Any], prompt: int = 1000) -> dict[str, float | None]:
+    """What the settings would read per axis of a prompt; experts are those of a carved model."""
+    attn, ffn, moe = (settings.get(group) or {} for group in ("attn", "ffn", "moe"))
+    kept = prompt
+    if attn.get("budget") == "piecewise":
+        kept = min(prompt, attn["l0"] + attn["rho"] * max(prompt - attn["l0"], 0))
+    elif attn.get("topk"):
+        kept = min(prompt, attn["topk"] * attn["block_size"])
+    channels = ffn.get("keep") or 1 - ffn.get("sparsity", 4 * ffn.get("tau", 0.0))
+    experts = min(1.0, (moe.get("union") or EXPERTS) / EXPERTS)
+    carved = settings["model"].get("kind") == "carved_moe"
+    return {"attention": kept / prompt, "ffn": channels, "experts": experts if carved else None}
+
+
+def _cost(density: Mapping[str, float | None]) -> float:
+    """Bytes of a step over those of a dense one."""
+    return 1.0 - sum(share * (1 - read) for axis, share in TRAFFIC.items() if (read := density[axis]) is not None)
+
+
+def _observed(density: float, layers: int, steps: int, rng: random.Random) -> dict[str, Any]:
+    """Selections whose similarity falls with distance in tokens and in layers, as `SelectionAnalysis` returns them."""
+
+    def near(value: float) -> float:
+        return round(min(1.0, max(0.0, value + rng.uniform(-0.02, 0.02))), 4)
+
+    depth = [layer / max(layers - 1, 1) for layer in range(layers)]
+    span = range(layers)
+    return {
+        "overlap": [[near(0.75 + 0.2 * at - 0.03 * step) for step in range(DISTANCES)] for at in depth],
+        "recall": [near(0.75 + 0.2 * density + 0.04 * at) for at in depth],
+        "oracle_recall": [near(0.85 + 0.14 * density) for _ in depth],
+        "similarity": [
+            [1.0 if a == b else near((0.3 + 0.5 * depth[min(a, b)]) * 0.9 ** abs(a - b)) for b in span] for a in span
+        ],
+        "steps": max(1, steps // 4),
+    }
+
+
+def traced(
+    settings: Mapping[str, Any], arm: str, steps: int, seconds: float, *, layers: int, prompt: int, rng: random.Random
+) -> dict[str, Any]:
+    """Fields of a record that say what an arm read and chose; an observed replay for the sparse arm."""
+    density = densities(settings, prompt)
+    whole = {axis: None if read is None else 1.0 for axis, read in density.items()}
+    read = density if arm.startswith("sparse") else whole
+    busy = {"attention": 0.25 + 0.1 * (read["attention"] or 0), "ffn" if read["experts"] is None else "moe": 0.2}
+    selecting = (settings.get("attn") or {}).get("topk") is not None and arm.startswith("sparse")
+    changes: dict[str, Any] = {
+        "density": dict(read),
+        "layer_density": {axis: [value] * layers for axis, value in read.items()},
+        "component_seconds": {name: seconds * share for name, share in (SHARES | busy).items()}
+        | ({"select": 0.05 * seconds} if selecting else {}),
+        "bytes_per_step": STEP_BYTES["dense"] * _cost(read),
+        "prompt_tokens": prompt,
+    }
+    if read["experts"] is not None:
+        wanted = steps * layers * 60
+        changes["unique_experts"] = [EXPERTS * read["experts"]] * layers
+        changes["pairs"] = {"wanted": wanted, "kept": int(wanted * read["experts"])}
+    if selecting:
+        every = (settings.get("reuse") or {}).get("every", 1)
+        made = len(range(0, layers, every)) * steps
+        changes["paths"] = {"block_attention.torch": steps * layers, "select.blocks": made}
+        changes["paths"] |= {"reuse.anchor": steps * layers - made} if every > 1 else {}
+    if arm == "sparse":
+        tokens, lost = steps * 2, 1 - min(value for value in read.values() if value is not None)
+        agreeing = sum(rng.random() > 0.15 * lost for _ in range(tokens))
+        flips = sum(rng.random() < 0.1 * lost for _ in range(steps))
+        changes["fidelity"] = dict(tokens=tokens, agreeing=agreeing, kl=0.1 * lost * tokens, steps=steps, flips=flips)
+        if selecting:
+            changes["selections"] = _observed(read["attention"] or 1.0, layers, steps, rng)
+    return changes
+
+
+def example(
+    name: str,
+    arms: tuple[str, ...] = ARMS,
+    *,
+    seed: int = 0,
+    gain: float = 1.3,
+    settings: Mapping[str, Any] | None = None,
+    layers: int = LAYERS,
+    prompt: int = 1000,
+) -> list[Record]:
+    """One example with every arm, its numbers drawn from `seed` and `name`; traced where `settings` are given."""
+    rng, extra = random.Random(f"{seed}/{name}"), random.Random(f"{seed}/{name}/traced")
     rows = []
     base = rng.uniform(10, 30)
     cost = {"ar": 0.02, "dense": 0.03, "sparse": 0.03 / gain, "sparse_ar": 0.02 / gain}
@@ -53,9 +142,12 @@ def example(name: str, arms: tuple[str, ...] = ARMS, *, seed: int = 0, gain: flo
         ids = list(range(sum(n * c for n, c in enumerate(histogram)) + 1))
         if arm.startswith("sparse") and rng.random() < 0.5:
             ids[-1] += 7
-        rows.append(
-            record(name, arm, histogram=histogram, grade=grade, output_ids=tuple(ids), seconds=steps * cost[arm] * slow)
-        )
+        changes: dict[str, Any] = {"histogram": histogram, "grade": grade, "output_ids": tuple(ids)}
+        changes["seconds"] = seconds = steps * cost[arm] * slow
+        changes["step_ms"] = (1e3 * cost[arm] * slow,) * steps
+        if settings is not None:
+            changes |= traced(settings, arm, steps, seconds, layers=layers, prompt=prompt, rng=extra)
+        rows.append(record(name, arm, **changes))
     return rows
 
 
@@ -103,15 +195,19 @@ def stored_run(
     required: dict[str, list[str]] | None = None,
     arms: tuple[str, ...] = ARMS,
     seed: int = 0,
+    layers: int = LAYERS,
+    prompt: int = 1000,
+    traces: bool = True,
     **changes: Any,
 ) -> RunStore:
-    """Write one whole run folder and return its closed store."""
+    """Write one whole run folder and return its closed store; without `traces` as runs were before there were any."""
     settings = settings or config()
     proven = proof(**changes)
     with RunStore(results, settings, arms) as store:
         store.begin(proven, rerun=True)
         for index in range(examples):
-            store.append(example(f"e{index}", arms, seed=seed, gain=gain))
+            known = settings if traces else None
+            store.append(example(f"e{index}", arms, seed=seed, gain=gain, settings=known, layers=layers, prompt=prompt))
         summary = build_summary(
             fingerprint=store.fingerprint,
             task=settings["task"]["name"],
@@ -125,5 +221,15 @@ def stored_run(
             required_paths=required,
             resamples=400,
         )
+        if not traces:
+            _forget(summary)
         store.finish(summary, provenance.finished(proven))
     return store
+
+
+def _forget(summary: dict[str, Any]) -> None:
+    """Take out what summaries did not hold before selections were traced."""
+    for block in summary["arms"].values():
+        del block["trace"]
+    for key in ("agreement_ci95", "tokens"):
+        summary["compare"]["fidelity"].pop(key, None)

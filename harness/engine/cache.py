@@ -22,7 +22,7 @@ class KVCache:
         capacity: positions per row, rounded up to whole pages.
         dtype, device: of keys, values and summaries.
         block_size: positions per summarised block; a divisor of the page.
-        summaries: which of ``mean``, ``min``, ``max`` to keep.
+        summaries: which of ``sparse.scoring.SUMMARIES`` to keep.
 
     Raises:
         ValueError: a block size that does not divide the page, or a capacity below one.

@@ -13,9 +13,11 @@ from torch import Tensor
 from harness.engine.acceptance import accept_greedy
 from harness.engine.cache import KVCache
 from harness.engine.drafting.base import Drafter
+from harness.engine.model.probe import Probe
 from harness.engine.model.step import Step
-from sparse.budget import AttentionBudget
-from sparse.cost import selector_bytes, step_bytes, step_flops
+from harness.engine.model.verification import Verification
+from sparse.budget import Sparsity
+from sparse.cost import trace_bytes, trace_flops
 from sparse.trace import Trace
 
 
@@ -90,6 +92,7 @@ class Decoded:
         step_seconds: wall-clock of each step, drafting and acceptance included.
         draft_seconds, accept_seconds: their totals.
         bytes, flops: totals over all steps from the cost model.
+        transcript: each step's draft and the number of tokens that it added to ``output``.
         trace: counters.
     """
 
@@ -102,6 +105,7 @@ class Decoded:
     accept_seconds: float = 0.0
     bytes: float = 0.0
     flops: float = 0.0
+    transcript: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
 
 
@@ -112,7 +116,7 @@ class Decoder:
         step: of the target model.
         cache: large enough for prompt, output and one draft; holds the summaries that sparse arms need.
         stop: when an answer ends.
-        clock: seconds, device work included.
+        clock: seconds, device work included; on the CPU it also times the components of each step.
         prefill_chunk: tokens per forward pass of the prefill.
     """
 
@@ -124,6 +128,7 @@ class Decoder:
         self._stop = stop
         self._clock = clock
         self._chunk = prefill_chunk
+        self._component_clock = clock if step.weights.device.type == "cpu" else None
 
     def prefill(self, prompt: Sequence[int]) -> Prefix:
         """Dense prefill of ``prompt``; the start of every arm (one prefill shared by all).
@@ -139,7 +144,7 @@ class Decoder:
         self._cache.refresh_summaries()
         return Prefix(tuple(prompt), first, middle - start, self._clock() - middle)
 
-    def decode(self, prefix: Prefix, drafter: Drafter, budget: AttentionBudget, max_new_tokens: int) -> Decoded:
+    def decode(self, prefix: Prefix, drafter: Drafter, sparsity: Sparsity, max_new_tokens: int) -> Decoded:
         """Decode up to ``max_new_tokens`` tokens after ``prefix``, the prefill's token included.
 
         Raises:
@@ -147,28 +152,58 @@ class Decoder:
         """
         cache, clock = self._cache, self._clock
         cache.truncate(0, len(prefix.prompt))
-        result = Decoded([prefix.first])
+        run = Verification(sparsity, Trace(clock=self._component_clock))
+        result = Decoded([prefix.first], trace=run.trace)
         start = clock()
         drafter.reset(prefix.prompt)
         drafter.observe(result.output)
-        summaries = 0.0 if budget.is_dense else prefix.summary_seconds
+        summaries = prefix.summary_seconds if sparsity.attention.summaries else 0.0
         result.ttft_seconds = prefix.seconds + summaries + (clock() - start)
         finished = self._stop.cut(result.output, 1) is not None
         began = clock()
         while not finished and len(result.output) < max_new_tokens:
-            finished = self._one_step(result, drafter, budget, max_new_tokens)
+            finished = self._one_step(result, drafter, run, max_new_tokens)
         result.seconds = clock() - began
+        shape = self._step.weights.shape
+        result.bytes = trace_bytes(shape, sparsity.attention, run.trace)
+        result.flops = trace_flops(shape, run.trace)
         return result
 
-    def _one_step(self, result: Decoded, drafter: Drafter, budget: AttentionBudget, max_new_tokens: int) -> bool:
+    def replay(self, prefix: Prefix, decoded: Decoded, sparsity: Sparsity, probe: Probe | None = None) -> list[Tensor]:
+        """Run the steps of ``decoded`` again under ``sparsity``, each with the same draft and from the same tokens.
+
+        The cache holds what these steps themselves wrote, as in a decode that happened to keep the same tokens. Not
+        timed. Teacher-forced fidelity compares two replays (METHOD section 8).
+
+        Args:
+            prefix: as for ``decoded``; the cache must still hold it.
+            decoded: a decode after ``prefix``.
+            sparsity: budgets of the replay.
+            probe: looks into every step.
+
+        Returns:
+            Per step the logits after the last accepted token and each draft token, [rows, vocab].
+        """
+        cache = self._cache
+        cache.truncate(0, len(prefix.prompt))
+        run = Verification(sparsity, probe=probe)
+        logits, position = [], 0
+        for draft, kept in decoded.transcript:
+            length = cache.lengths[0]
+            tokens = self._tensor([decoded.output[position], *draft])
+            logits.append(self._step.verify(tokens[None], cache, run)[0])
+            cache.truncate(0, length + kept)
+            position += kept
+        return logits
+
+    def _one_step(self, result: Decoded, drafter: Drafter, run: Verification, max_new_tokens: int) -> bool:
         """One step; returns whether the answer ended."""
         cache, clock = self._cache, self._clock
         begun = clock()
         draft = drafter.propose(max_new_tokens - len(result.output) - 1)
         drafted = clock()
         length = cache.lengths[0]
-        visible, attended = result.trace.visible, result.trace.attended
-        logits = self._step.verify(self._tensor([result.output[-1], *draft])[None], cache, budget, result.trace)
+        logits = self._step.verify(self._tensor([result.output[-1], *draft])[None], cache, run)
         choices = logits[0].argmax(-1).tolist()
         verified = clock()
         kept = accept_greedy(draft, choices)
@@ -180,24 +215,12 @@ class Decoder:
             del result.output[stop:]
         drafter.observe(kept)
         result.histogram[len(kept)] += 1
-        self._account(
-            result, budget, len(draft) + 1, length, result.trace.visible - visible, result.trace.attended - attended
-        )
+        result.transcript.append((tuple(draft), len(kept)))
         ended = clock()
         result.draft_seconds += drafted - begun
         result.accept_seconds += ended - verified
         result.step_seconds.append(ended - begun)
         return stop is not None
-
-    def _account(
-        self, result: Decoded, budget: AttentionBudget, rows: int, length: int, visible: int, attended: int
-    ) -> None:
-        """Add the step's bytes and FLOPs (METHOD section 7)."""
-        shape = self._step.weights.shape
-        blocks = length // budget.block_size
-        layers = shape.layers - budget.dense_layers if attended < visible else 0
-        result.bytes += step_bytes(shape, attended / shape.layers, selector_bytes(shape, budget, layers, blocks))
-        result.flops += step_flops(shape, rows, attended / shape.layers)
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._step.weights.device)

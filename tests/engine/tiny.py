@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.model.families import adapt
 from harness.engine.model.step import Step
-from sparse.budget import AttentionBudget
+from sparse.budget import Sparsity
 
 VOCAB = 61
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -17,6 +17,16 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 20,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": False, "intermediate_size": 28},
 }
 
 
@@ -43,17 +53,15 @@ def library_model(family: str, seed: int = 0, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif "weight" in name:
+            elif "weight" in name or "proj" in name:
                 parameter.mul_(10)
     return model
 
 
-def decoder(
-    family: str = "llama", budget: AttentionBudget | None = None, capacity: int = 700, **options: Any
-) -> Decoder:
+def decoder(family: str = "llama", budget: Sparsity | None = None, capacity: int = 700, **options: Any) -> Decoder:
     """A decoder over a tiny random model."""
-    step = Step(adapt(library_model(family), packed=False))
-    cache = step.new_cache(capacity, budget or AttentionBudget.dense())
+    step = Step(adapt(library_model(family), packed=False, channels=True))
+    cache = step.new_cache(capacity, (budget or Sparsity()).attention)
     stop = options.pop("stop", StopRule())
     return Decoder(step, cache, stop=stop, clock=time.perf_counter, prefill_chunk=options.pop("chunk", 64))
 

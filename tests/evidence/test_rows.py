@@ -4,12 +4,12 @@ import multiprocessing
 import pytest
 
 from harness.evidence import load_runs, rows
-from harness.evidence.rows import TIMES
+from harness.evidence.labels import TIMES
 from tests.evidence_samples import config, stored_run
 
 
 def labels(*configs):
-    return rows.setting_labels(configs)
+    return labels_of.setting_labels(configs)
 
 
 def test_settings_are_named_by_their_budget_and_what_else_varies():

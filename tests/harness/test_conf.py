@@ -18,7 +18,14 @@ CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUP_FILES = [file for file in FILES if file.parent.name in GROUPS]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-NEEDED = {"model=hf": ["model.path=org/name"], "attn=dense": ["arms=[ar,dense]"], "draft=none": ["arms=[ar,sparse_ar]"]}
+NEEDED = {
+    "model=hf": ["model.path=org/name"],
+    "attn=dense": ["arms=[ar,dense]"],
+    "draft=none": ["arms=[ar,sparse_ar]"],
+    "ffn=quantile": ["calibration=some.json"],
+    "moe=median_ratio": ["calibration=some.json"],
+    "reuse=skips": ["reuse.skip_layers=[3,4]"],
+}
 
 Compose = Callable[..., dict[str, Any]]
 
@@ -64,6 +71,32 @@ def test_every_choice_of_the_schema_has_a_file_that_composes(compose: Compose) -
         assert found == set(classes), group
 
 
+@pytest.mark.parametrize("file", GROUP_FILES, ids=label)
+def test_group_files_say_first_what_they_are(file: Path) -> None:
+    assert re.fullmatch(r"# \S.*\.", file.read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("name", ["attn", "reuse", "ffn", "moe", "hybrid"])
+def test_curves_have_five_points_of_one_key(name: str) -> None:
+    content = yaml.safe_load((CONF / "experiment" / f"{name}_curve.yaml").read_text())
+    (key, values), *others = content["hydra"]["sweeper"]["params"].items()
+    assert key in DOCS and others == [] and len(set(values.split(","))) >= 5
+
+
+def test_curves_of_one_mechanism_leave_the_others_dense(compose: Compose) -> None:
+    for name, wanted in {"attn": {"attn"}, "ffn": {"ffn"}, "moe": {"moe"}, "reuse": {"attn", "reuse"}}.items():
+        config = resolve(compose(f"experiment={name}_curve"))
+        groups = {group: getattr(config, group).name for group in ("attn", "ffn", "moe", "reuse")}
+        assert {group for group, choice in groups.items() if choice not in ("dense", "none")} == wanted
+
+
+def test_hybrids_are_sparse_on_every_axis_of_their_model(compose: Compose) -> None:
+    for name, axis in {"hybrid": "ffn", "hybrid_curve": "ffn", "hybrid_moe": "moe"}.items():
+        config = resolve(compose(f"experiment={name}"))
+        assert config.attn.name == "block_topk" and config.reuse.name == "anchors"
+        assert getattr(config, axis).name != "dense" and config.task.source == "bundled"
+
+
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=label)
 def test_experiments_start_with_their_command_and_resolve(file: Path, compose: Compose) -> None:
     package, command = file.read_text().splitlines()[:2]
@@ -97,6 +130,13 @@ def test_help_names_every_key_with_its_comment() -> None:
     assert all(file.stem in text for file in FILES)
 
 
+def test_keys_name_all_choices_that_bring_them() -> None:
+    only = {key: choices for key, _, choices in manual.every_key()}
+    assert only["attn.topk"] == only["task.limit"] == only["seed"] == ""
+    assert only["ffn.mask"] == "ffn=quantile or threshold or topk" and only["ffn.tau"] == "ffn=threshold"
+    assert only["model.path"] == "model=carved_moe or hf" and only["reuse.theta"] == "reuse=anchors"
+
+
 def test_documentation_is_current() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text()
     assert written == manual.markdown(), "bring it up to date: python -m harness.manual > docs/configuration.md"
@@ -122,7 +162,7 @@ def test_texts_survive_the_way_they_are_written(value: str) -> None:
 
 def test_every_key_is_read_somewhere() -> None:
     """A key that nothing reads changes nothing; the keys that pick a class are read by `resolve`."""
-    own = {"schema.py", "schema_groups.py", "fields.py", "manual.py"}
+    own = {"schema.py", "schema_groups.py", "schema_sparsity.py", "fields.py", "manual.py"}
     files = [*(ROOT / "harness").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
     source = "\n".join(file.read_text() for file in files if file.name not in own)
     picks = {f"{group}.{discriminator}" for group, (discriminator, _) in GROUPS.items()}

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from harness import build, runner
+from harness.engine.model import attention
 from harness.evidence import provenance
 from harness.schema import Config, resolve
-from sparse.budget import AttentionBudget
+from sparse.budget import FfnBudget, ReuseBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -93,15 +94,30 @@ def test_other_sources_make_a_stored_run_stale(
     assert (folder / "records.jsonl").stat().st_mtime_ns > before
 
 
+@pytest.mark.parametrize(
+    "broken, overrides, counter",
+    [
+        ((attention, "_choose", lambda run, layer, row, view: (None, 0)), (), "block_attention"),
+        ((FfnBudget, "applies", lambda *_: False), ("ffn=topk",), "sparse_ffn"),
+        ((ReuseBudget, "retrieves", lambda *_: True), ("reuse=anchors",), "reuse.anchor"),
+        ((ReuseBudget, "skips", lambda *_: False), ("reuse=skips", "reuse.skip_layers=[1]"), "reuse.skip_retrieval"),
+    ],
+    ids=["attention", "ffn", "anchors", "skips"],
+)
 def test_a_mechanism_that_never_ran_makes_the_run_invalid(
-    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    configured: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: tuple[Any, str, Any],
+    overrides: tuple[str, ...],
+    counter: str,
 ) -> None:
-    config = configured("task.limit=1")
-    monkeypatch.setattr(AttentionBudget, "skips", lambda *_: False)
+    """Each mechanism is broken on purpose, so that it silently does nothing."""
+    config = configured("task.limit=1", *overrides)
+    monkeypatch.setattr(*broken)
     with pytest.raises(runner.RunFailed, match="invalid"):
         runner.run(config)
     summary, _, _ = stored(config)
-    assert summary["status"] == "invalid" and "never ran" in summary["reason"]
+    assert summary["status"] == "invalid" and f"{counter} is switched on but never ran" in summary["reason"]
     assert not (summary["compare"].get("sparse_vs_dense") or {}).get("speedup")
 
 

@@ -12,6 +12,7 @@ from harness.fields import fields_of, is_settings
 from harness.schema import (
     DOCS,
     GROUPS,
+    AnchorReuse,
     BlockTopkAttention,
     Config,
     ConfigError,
@@ -84,8 +85,22 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"attn.topk": [8, 16]}, ["attn.topk=[8,16]", "whole number"]),
     ({"attn.topk": {"a": 1}}, ["attn.topk=", "whole number"]),
     ({"attn.topk": 1}, ["attn.topk=1", "attn.sinks + attn.window = 2"]),
+    ({"attn.sinks": 9, "attn.window": 8}, ["attn.topk=16", "attn.sinks + attn.window = 17"]),
+    ({"attn.budget": "square"}, ["attn.budget=square", "fixed, piecewise"]),
+    ({"attn.budget": "piecewise", "attn.l0": 31}, ["attn.l0=31", "at least 32 tokens"]),
+    ({"attn.budget": "piecewise", "attn.l0": 8, "attn.sinks": 0, "attn.window": 0}, ["attn.l0=8", "at least 16"]),
+    ({"attn.rho": 1}, ["attn.rho=1", "a number of at least 0 and below 1"]),
+    ({"attn.rho": -0.1}, ["attn.rho=-0.1", "at least 0"]),
+    ({"attn.query": "last"}, ["attn.query=last", "first, mean, max, weighted"]),
+    ({"attn.heads": "shared"}, ["attn.heads=shared", "per_head, pooled"]),
+    ({"attn.survival": 0}, ["attn.survival=0", "a number above 0 and of at most 1"]),
+    ({"attn.survival": 1.5}, ["attn.survival=1.5", "of at most 1"]),
+    ({"attn.low_share": 1}, ["attn.low_share=1", "below 1"]),
+    ({"attn.low_share": 0.5}, ["calibration=null: attn.low_share=0.5 needs one", "python -m scripts.calibrate"]),
+    ({"calibration": ""}, ["calibration=''", "empty"]),
+    ({"analysis": "yes"}, ["analysis=yes", "true or false"]),
     ({"attn.block_size": 20}, ["attn.block_size=20", "16, 32, 64"]),
-    ({"attn.score": "meen"}, ["attn.score=meen", "mean, bound"]),
+    ({"attn.score": "meen"}, ["attn.score=meen", "mean, bound, gaussian, oracle"]),
     ({"attn.name": "foo"}, ["attn.name=foo", "dense, block_topk"]),
     ({"attn": None}, ["attn.name=null", "dense, block_topk"]),
     ({"attn": "dense"}, ["attn=dense", "name"]),
@@ -114,10 +129,14 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["task.min_prompt_tokens=9", "task.max_prompt_tokens=8"],
     ),
     ({"task.max_prompt_tokens": 100}, ["attn.topk=16", "256 tokens", "choose 10 or less"]),
+    (
+        {"task.max_prompt_tokens": 960, "task.max_new_tokens": 64, "attn.budget": "piecewise"},
+        ["attn.l0=1024", "the cache of 1024", "less than 1024"],
+    ),
     ({"task.hub": None}, ["task.hub=null", "path"]),
     ({"task.hub.branch": "x"}, ["task.hub.branch", "task.hub.path, task.hub.config"]),
     ({"model.dtype": "bf16"}, ["model.dtype=bf16", "bfloat16"]),
-    ({"model.kind": "gguf"}, ["model.kind=gguf", "smollm2, hf, shape"]),
+    ({"model.kind": "gguf"}, ["model.kind=gguf", "smollm2, hf, shape, carved_moe"]),
     ({"engine.threads": 0}, ["engine.threads=0", "at least 1"]),
     ({"engine.packed": 1}, ["engine.packed=1", "true or false"]),
     ({"seed": -1}, ["seed=-1", "at least 0"]),
@@ -129,7 +148,78 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), BAD, ids=str)
+FFN = {"mask": "union", "survival": 0.7, "dense_layers": 0}
+MOE = {"union": None, "outside": "substitute", "free_loaded": False, "survival": 0.7}
+DENSE = {"name": "dense"}
+ANCHORS = {"name": "anchors", "anchors": "every", "layers": [], "every": 2, "theta": 0.7, "head_map": False}
+SKIPS = {"name": "skips", "skip": ["retrieval"], "skip_layers": [3], "refresh": 4}
+TOPK_FFN = {"name": "topk", **FFN, "keep": 0.5}
+
+BAD_SPARSITY: list[tuple[dict[str, Any], list[str]]] = [
+    ({"ffn": {**TOPK_FFN, "keep": 1}}, ["ffn.keep=1", "above 0 and below 1"]),
+    ({"ffn": {**TOPK_FFN, "keep": 0}}, ["ffn.keep=0", "above 0"]),
+    ({"ffn": {**TOPK_FFN, "keep": math.nan}}, ["ffn.keep=nan", "above 0"]),
+    ({"ffn": {**TOPK_FFN, "mask": "all"}}, ["ffn.mask=all", "union, root, weighted, token"]),
+    ({"ffn": {**TOPK_FFN, "dense_layers": -1}}, ["ffn.dense_layers=-1", "at least 0"]),
+    ({"ffn": {"name": "threshold", **FFN, "tau": 0}}, ["ffn.tau=0", "above 0"]),
+    ({"ffn": {"name": "threshold", **FFN, "keep": 0.5}}, ["ffn.keep is not a key", "ffn.tau"]),
+    ({"ffn": {"name": "quantile", **FFN, "sparsity": 1}}, ["ffn.sparsity=1", "below 1"]),
+    ({"ffn": {"name": "quantile", **FFN, "sparsity": 0.5}}, ["calibration=null: ffn=quantile needs one"]),
+    ({"moe": {"name": "union", **MOE}}, ["moe.union=null", "whole number of at least 1"]),
+    ({"moe": {"name": "union", **MOE, "union": 0}}, ["moe.union=0", "at least 1"]),
+    ({"moe": {"name": "topk", **MOE, "k": 0}}, ["moe.k=0", "at least 1"]),
+    ({"moe": {"name": "topk", **MOE, "k": 2, "outside": "skip"}}, ["moe.outside=skip", "substitute, drop"]),
+    ({"moe": {"name": "topp", **MOE, "p": 1}}, ["moe.p=1", "below 1"]),
+    ({"moe": {"name": "floor", **MOE, "weight_floor": 0}}, ["moe.weight_floor=0", "above 0"]),
+    ({"moe": {"name": "median_ratio", **MOE, "m_max": 0}}, ["moe.m_max=0", "at least 1"]),
+    ({"moe": {"name": "median_ratio", **MOE, "m_max": 3}}, ["calibration=null: moe=median_ratio needs one"]),
+    ({"reuse": {**ANCHORS, "every": 1}}, ["reuse.every=1", "at least 2"]),
+    ({"reuse": {**ANCHORS, "anchors": "jaccard"}}, ["reuse.anchors=jaccard needs one", "scripts.calibrate"]),
+    ({"reuse": {**ANCHORS, "anchors": "mass"}}, ["reuse.anchors=mass needs one", "scripts.calibrate"]),
+    ({"reuse": {**ANCHORS, "head_map": True}}, ["reuse.head_map=true needs one", "scripts.calibrate"]),
+    (
+        {"reuse": {**ANCHORS, "anchors": "mass", "head_map": True}, "attn.low_share": 0.1},
+        ["attn.low_share=0.1 and reuse.anchors=mass and reuse.head_map=true need one"],
+    ),
+    ({"reuse": {**ANCHORS, "theta": 0}}, ["reuse.theta=0", "above 0"]),
+    ({"reuse": {**ANCHORS, "anchors": "list"}}, ["reuse.layers=[]", "ascending"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [0, 4, 2]}}, ["reuse.layers=[0,4,2]", "ascending"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [0, 4, 4]}}, ["reuse.layers=[0,4,4]", "ascending"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [2, 4]}}, ["reuse.layers=[2,4]", "must begin with 0"]),
+    (
+        {"reuse": {**ANCHORS, "anchors": "list", "layers": [0, 4]}, "attn.dense_layers": 2},
+        ["reuse.layers=[0,4]", "must begin with 2", "attn.dense_layers=2"],
+    ),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": ["a"]}}, ["reuse.layers=[a]", "list of whole numbers"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [0, -1]}}, ["reuse.layers=[0,-1]", "of at least 0"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [0, 1.5]}}, ["reuse.layers=[0,1.5]", "whole numbers"]),
+    ({"reuse": {**ANCHORS, "anchors": "list", "layers": [False]}}, ["reuse.layers=[false]", "whole numbers"]),
+    ({"reuse": {**ANCHORS, "layers": [0, 4]}}, ["reuse.layers=[0,4]", "not read with reuse.anchors=every"]),
+    ({"reuse": ANCHORS, "attn": DENSE, "ffn": TOPK_FFN}, ["reuse=anchors: attn=dense selects no blocks"]),
+    ({"reuse": ANCHORS, "attn": DENSE}, ["sparse would be dense"]),
+    ({"reuse": {**SKIPS, "skip": []}}, ["reuse.skip=[]", "retrieval, channels, ffn"]),
+    ({"reuse": {**SKIPS, "skip": ["ffn", "ffn"]}}, ["reuse.skip=[ffn,ffn]", "each once"]),
+    ({"reuse": {**SKIPS, "skip": ["moe"]}}, ["reuse.skip=[moe]", "a list of retrieval, channels, ffn"]),
+    ({"reuse": {**SKIPS, "skip_layers": []}}, ["reuse.skip_layers=[]", "at least one"]),
+    ({"reuse": {**SKIPS, "skip_layers": [4, 3]}}, ["reuse.skip_layers=[4,3]", "ascending"]),
+    ({"reuse": {**SKIPS, "refresh": 0}}, ["reuse.refresh=0", "at least 1"]),
+    ({"reuse": SKIPS, "attn": DENSE}, ["sparse would be dense"]),
+    ({"reuse": SKIPS, "attn": DENSE, "ffn": TOPK_FFN}, ["reuse.skip=[retrieval]", "attn=dense has no retrieval"]),
+    ({"reuse": SKIPS, "attn.dense_layers": 4}, ["reuse.skip_layers=[3]", "attn.dense_layers=4", "from 4 on"]),
+    ({"reuse": {**SKIPS, "skip": ["channels"]}}, ["reuse.skip=[channels]", "ffn=dense selects no channels"]),
+    (
+        {"reuse": {**SKIPS, "skip": ["channels"]}, "ffn": {**TOPK_FFN, "mask": "token"}},
+        ["reuse.skip=[channels]", "ffn.mask=token", "union, root or weighted"],
+    ),
+    (
+        {"reuse": {**SKIPS, "skip": ["channels"]}, "ffn": {**TOPK_FFN, "dense_layers": 4}},
+        ["reuse.skip_layers=[3]", "ffn.dense_layers=4"],
+    ),
+    ({"reuse": {**SKIPS, "skip": ["channels", "ffn"]}, "ffn": TOPK_FFN}, ["name one of channels, ffn"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), [*BAD, *BAD_SPARSITY], ids=str)
 def test_bad_settings_are_refused_in_one_line(compose: Compose, changes: dict[str, Any], words: list[str]) -> None:
     text = refusal(changed(compose(), changes))
     assert all(word in text for word in words), text
@@ -160,6 +250,30 @@ def test_options_are_the_keys_of_one_task(compose: Compose) -> None:
     assert task_options(resolve(compose("task=xsum")).task) == {}
     assert set(task_options(resolve(compose("task=needle")).task)) == {"context_tokens", "depth"}
     assert set(task_options(resolve(compose("task=squad_long")).task)) == {"bucket", "questions"}
+
+
+def test_sparse_groups_resolve(compose: Compose) -> None:
+    good: list[dict[str, Any]] = [
+        {"attn.budget": "piecewise", "attn.l0": 32, "attn.topk": 1},
+        {"attn.score": "oracle", "attn.query": "weighted", "attn.heads": "pooled"},
+        {"attn.low_share": 0.5, "calibration": "some.json"},
+        {"ffn": {"name": "quantile", **FFN, "sparsity": 0.5}, "calibration": "some.json", "attn": DENSE},
+        {"moe": {"name": "median_ratio", **MOE, "m_max": 3}, "calibration": "some.json", "attn": DENSE},
+        {"reuse": {**ANCHORS, "anchors": "list", "layers": [2, 9]}, "attn.dense_layers": 2},
+        {"reuse": {**ANCHORS, "anchors": "list", "layers": 0}},
+        {"reuse": {**ANCHORS, "anchors": "jaccard", "head_map": True}, "calibration": "some.json"},
+        {"reuse": {**SKIPS, "skip": ["ffn"]}, "attn": DENSE},
+        {"reuse": {**SKIPS, "skip": ["retrieval", "channels"]}, "ffn": TOPK_FFN},
+        {"reuse": {**SKIPS, "skip_layers": [1, 2]}, "attn.dense_layers": 2},
+        {"reuse": SKIPS, "ffn": {**TOPK_FFN, "mask": "token"}},
+    ]
+    for changes in good:
+        raw = changed(compose(), changes)
+        config = resolve(raw)
+        assert resolve(to_dict(config)) == config, changes
+    layers = [0, 9]
+    listed = resolve(changed(compose(), {"reuse": {**ANCHORS, "anchors": "list", "layers": layers}})).reuse
+    assert isinstance(listed, AnchorReuse) and listed.layers == (0, 9)
 
 
 def test_model_labels(compose: Compose) -> None:

@@ -88,6 +88,36 @@ def test_blocks_left_out_are_never_read() -> None:
     assert not found.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_entries_that_do_not_count_are_invisible(dtype: torch.dtype) -> None:
+    """Heads with unequal budgets: padded entries add nothing, wherever they point."""
+    torch.manual_seed(7)
+    length, rows, heads, groups, dim, size = PAGE + 70, 5, 3, 2, 16, 16
+    queries = (torch.randn(heads, rows * groups, dim) * dim**-0.5).to(dtype)
+    keys, values = torch.randn(heads, length, dim).to(dtype), torch.randn(heads, length, dim).to(dtype)
+    whole = (length - rows) // size
+    blocks = torch.stack([torch.randperm(whole)[:6] for _ in range(heads)])
+    valid = torch.arange(6)[None] < torch.tensor([6, 1, 3])[:, None]
+    blocks = blocks.where(valid, blocks[:, :1])
+    options = {"tail_start": whole * size, "block_size": size, "groups": groups, "valid": valid}
+    found = eager.block_attention(queries, *paged(keys, values, 2), blocks, length=length, **options)
+    truth = naive.block_attention(queries, keys, values, blocks, **options)
+    assert relative_error(found, truth) < TOLERANCE[dtype]
+
+
+def test_attention_mass_is_the_softmax_summed_over_blocks() -> None:
+    torch.manual_seed(8)
+    length, rows, heads, groups, dim, size = PAGE + 37, 4, 2, 3, 8, 16
+    queries, keys = torch.randn(heads, rows * groups, dim), torch.randn(heads, length, dim)
+    start = length - rows
+    mass = eager.attention_mass(queries, paged(keys, keys, 2)[0], start, length, size, groups)
+    assert mass.shape == (heads, rows * groups, start // size)
+    for row in range(rows * groups):
+        weights = torch.softmax(queries[:, row, None] @ keys[:, : start + row // groups + 1].transpose(1, 2), -1)[:, 0]
+        expected = weights[:, : start // size * size].view(heads, -1, size).sum(-1)
+        assert torch.allclose(mass[:, row], expected, atol=1e-6)
+
+
 def test_the_reference_sees_what_it_says() -> None:
     blocks = torch.tensor([[0, 2]])
     seen = naive.visible_positions(blocks, tail_start=48, length=52, block_size=16, rows=3)

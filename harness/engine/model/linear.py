@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-LinearMap = Callable[[Tensor], Tensor]
-"""[rows, inputs] to [rows, outputs]."""
+from sparse.ops.weights import LinearMap
 
 _PACK_ROWS = 8
 """Row count that packing is tuned for: a verification step of a short chain."""

@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.engine.cache import KVCache
+from harness.engine.model.attention import attend
 from harness.engine.model.families import LayerWeights, ModelWeights
+from harness.engine.model.feed_forward import feed_forward
+from harness.engine.model.verification import Verification
 from sparse.budget import AttentionBudget
-from sparse.ops.block_attention import eager
-from sparse.scoring import block_scores
-from sparse.selection import select_blocks
-from sparse.trace import Trace
 
 
 class Step:
@@ -25,7 +24,6 @@ class Step:
     def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
         shape = weights.shape
-        self._groups = shape.heads // shape.kv_heads
         self._scale = shape.head_dim**-0.5
 
     def new_cache(self, capacity: int, budget: AttentionBudget, batch: int = 1) -> KVCache:
@@ -45,23 +43,17 @@ class Step:
 
     @torch.inference_mode()
     def verify(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        budget: AttentionBudget,
-        trace: Trace | None = None,
-        rows: list[int] | None = None,
+        self, tokens: Tensor, cache: KVCache, run: Verification | None = None, rows: list[int] | None = None
     ) -> Tensor:
         """One verification step: logits after each token; their keys and values enter the cache and become valid.
 
-        All rows of the batch run through the linear maps together; attention runs row by row, because each row has a
-        length of its own.
+        All rows of the batch run through the linear maps together; what is chosen for a sequence (blocks, channels,
+        experts) is chosen row by row.
 
         Args:
             tokens: [batch, count], int64: the last accepted token and the draft, for each row.
             cache: holds everything before them.
-            budget: what attention may skip (METHOD section 2).
-            trace: counters to add to.
+            run: budgets, counters and memory of this decode; dense by default.
             rows: cache rows that ``tokens`` belong to; the first ones by default.
 
         Returns:
@@ -72,22 +64,30 @@ class Step:
         """
         batch, count = tokens.shape
         rows = list(range(batch)) if rows is None else rows
-        trace = Trace() if trace is None else trace
+        run = Verification() if run is None else run
+        run.begin(rows, batch * count)
         hidden, cos, sin = self._embed(tokens, [cache.lengths[row] for row in rows])
-        if not budget.is_dense:
+        if not run.sparsity.attention.is_dense:
             for row in rows:
                 cache.refresh_summaries(row)
+        parts = [(row, slice(place * count, (place + 1) * count)) for place, row in enumerate(rows)]
+        whole = [(rows[0], slice(None))] if run.sparsity.shares_nothing else parts
         for number, layer in enumerate(self.weights.layers):
             queries, keys, values = self._project(layer, hidden, cos, sin)
-            mixed = [
-                self._attend(number, row, cache, budget, trace, queries[part], keys[part], values[part])
-                for row, part in zip(rows, _parts(batch, count), strict=True)
-            ]
-            hidden = hidden + layer.output(mixed[0] if batch == 1 else torch.cat(mixed))
-            hidden = hidden + self._ffn(layer, hidden)
+            run.trace.lap("linear")
+            mixed = _joined([attend(run, number, row, cache, queries[p], keys[p], values[p]) for row, p in parts])
+            if run.probe is not None:
+                mixed = run.probe.mixed(number, mixed)
+            hidden = hidden + layer.output(mixed.view(batch * count, -1))
+            normed = self._normed(hidden, layer.ffn_norm)
+            run.trace.lap("linear")
+            outputs = [feed_forward(run, number, layer, normed[part], run.memory(row)) for row, part in whole]
+            hidden = hidden + _joined(outputs)
         for row in rows:
             cache.advance(row, count)
-        return self._logits(hidden).view(batch, count, -1)
+        logits = self._logits(hidden).view(batch, count, -1)
+        run.trace.lap("head")
+        return logits
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, cache: KVCache, chunk: int, row: int = 0) -> Tensor:
@@ -107,7 +107,7 @@ class Step:
         """
         if tokens.numel() == 0:
             raise ValueError("prefill needs at least one token")
-        hidden = None
+        hidden, run = None, Verification()
         for part in torch.split(tokens, chunk):
             start = cache.lengths[row]
             hidden, cos, sin = self._embed(part[None], [start])
@@ -125,7 +125,8 @@ class Step:
                     enable_gqa=True,
                 )
                 hidden = hidden + layer.output(mixed[0].transpose(0, 1).reshape(part.shape[0], -1))
-                hidden = hidden + self._ffn(layer, hidden)
+                normed = self._normed(hidden, layer.ffn_norm)
+                hidden = hidden + feed_forward(run, number, layer, normed, run.memory(row))
             cache.advance(row, part.shape[0])
         assert hidden is not None
         return self._logits(hidden[-1:])[0]
@@ -144,71 +145,32 @@ class Step:
 
     def _project(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated, scaled queries [tokens, heads, head_dim]; rotated keys and values [tokens, kv_heads, head_dim]."""
-        shape, eps = self.weights.shape, self.weights.eps
-        normed = functional.rms_norm(hidden, (shape.hidden,), layer.attention_norm, eps)
-        states = layer.qkv(normed).view(hidden.shape[0], -1, shape.head_dim)
+        shape = self.weights.shape
+        states = layer.qkv(self._normed(hidden, layer.attention_norm)).view(hidden.shape[0], -1, shape.head_dim)
         split = shape.heads + shape.kv_heads
         rotating, values = states[:, :split], states[:, split:]
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries = functional.rms_norm(rotating[:, : shape.heads], (shape.head_dim,), layer.query_norm, eps)
-            keys = functional.rms_norm(rotating[:, shape.heads :], (shape.head_dim,), layer.key_norm, eps)
+            queries = self._head_norm(rotating[:, : shape.heads], layer.query_norm)
+            keys = self._head_norm(rotating[:, shape.heads :], layer.key_norm)
             rotating = torch.cat((queries, keys), dim=1)
         rotated = torch.addcmul(rotating * cos, rotating.roll(shape.head_dim // 2, -1), sin)
         return rotated[:, : shape.heads] * self._scale, rotated[:, shape.heads :], values
 
-    def _attend(
-        self,
-        number: int,
-        row: int,
-        cache: KVCache,
-        budget: AttentionBudget,
-        trace: Trace,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
-        """Attention of one row's tokens, [tokens, heads * head_dim]; stores their keys and values first."""
-        shape, groups = self.weights.shape, self._groups
-        start, count = cache.lengths[row], queries.shape[0]
-        cache.write(number, row, start, keys, values)
-        stored_keys, stored_values = cache.layer(number, row)
-        grouped = queries.view(count, shape.kv_heads, groups, shape.head_dim).transpose(0, 1)
-        grouped = grouped.reshape(shape.kv_heads, count * groups, shape.head_dim)
-        length, whole = start + count, start // budget.block_size
-        if budget.skips(number, whole):
-            scores = block_scores(grouped, cache.summaries(number, row), budget, groups)[:, :whole]
-            blocks = select_blocks(scores, budget)
-            tail = whole * budget.block_size
-            mixed = eager.block_attention(
-                grouped,
-                stored_keys,
-                stored_values,
-                blocks,
-                tail_start=tail,
-                length=length,
-                block_size=budget.block_size,
-                groups=groups,
-            )
-            trace.sparse(length, blocks.shape[1] * budget.block_size + length - tail, count)
-        else:
-            mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups)
-            trace.dense(length)
-        mixed = mixed.view(shape.kv_heads, count, groups, shape.head_dim).transpose(0, 1)
-        return mixed.reshape(count, shape.heads * shape.head_dim)
+    def _head_norm(self, states: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of [tokens, heads, head_dim] per head, or over all heads where the weight covers them."""
+        if weight.shape[0] == states.shape[-1]:
+            return self._normed(states, weight)
+        return self._normed(states.flatten(1), weight).view_as(states)
 
-    def _ffn(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        shape = self.weights.shape
-        normed = functional.rms_norm(hidden, (shape.hidden,), layer.ffn_norm, self.weights.eps)
-        both = layer.gate_up(normed)
-        return layer.down(functional.silu(both[:, : shape.ffn]) * both[:, shape.ffn :])
+    def _normed(self, states: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(states, weight.shape, weight, self.weights.eps)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        normed = functional.rms_norm(hidden, (self.weights.shape.hidden,), self.weights.norm, self.weights.eps)
-        return self.weights.head(normed)
+        return self.weights.head(self._normed(hidden, self.weights.norm))
 
 
-def _parts(batch: int, count: int) -> list[slice]:
-    return [slice(number * count, (number + 1) * count) for number in range(batch)]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _prefill_mask(rows: int, start: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -48,14 +48,7 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, length: int, 
     rows = queries.shape[1]
     full, rest = divmod(length, page)
     split = full * page
-    scores = queries.new_empty(heads, rows, length)
-    if full:
-        repeated = queries.expand(full, heads, rows, head_dim).reshape(-1, rows, head_dim)
-        products = torch.bmm(repeated, keys[:full].view(-1, head_dim, page)).view(full, heads, rows, page)
-        scores[:, :, :split].view(heads, rows, full, page).copy_(products.permute(1, 2, 0, 3))
-    if rest:
-        scores[:, :, split:] = torch.bmm(queries, keys[full, :, :, :rest])
-    weights = _weights(scores, groups)
+    weights = _weights(_scores(queries, keys, length), groups)
     if not full:
         return torch.bmm(weights, values[full, :, :rest])
     paged = weights[:, :, :split].view(heads, rows, full, page).permute(2, 0, 1, 3).reshape(-1, rows, page)
@@ -64,6 +57,38 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, length: int, 
     if rest:
         output += torch.bmm(weights[:, :, split:], values[full, :, :rest])
     return output
+
+
+def _scores(queries: Tensor, keys: Tensor, length: int) -> Tensor:
+    """Products of the rows with the first ``length`` keys, [kv_heads, rows * groups, length]."""
+    _, heads, head_dim, page = keys.shape
+    rows = queries.shape[1]
+    full, rest = divmod(length, page)
+    split = full * page
+    scores = queries.new_empty(heads, rows, length)
+    if full:
+        repeated = queries.expand(full, heads, rows, head_dim).reshape(-1, rows, head_dim)
+        products = torch.bmm(repeated, keys[:full].view(-1, head_dim, page)).view(full, heads, rows, page)
+        scores[:, :, :split].view(heads, rows, full, page).copy_(products.permute(1, 2, 0, 3))
+    if rest:
+        scores[:, :, split:] = torch.bmm(queries, keys[full, :, :, :rest])
+    return scores
+
+
+def attention_mass(queries: Tensor, keys: Tensor, start: int, length: int, block_size: int, groups: int) -> Tensor:
+    """Share of each row's dense attention that falls on each whole block before the step (METHOD section 2, oracle).
+
+    Args:
+        queries, keys, length, groups: as in :func:`dense_attention`.
+        start: positions before the step.
+        block_size: positions per block.
+
+    Returns:
+        [kv_heads, rows * groups, start // block_size], fp32; what is missing to one lies after the last whole block.
+    """
+    weights = _weights(_scores(queries, keys, length).float(), groups)
+    whole = start // block_size * block_size
+    return weights[:, :, :whole].unflatten(-1, (-1, block_size)).sum(-1)
 
 
 @lru_cache(maxsize=16)
@@ -110,6 +135,7 @@ def block_attention(
     length: int,
     block_size: int,
     groups: int,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Attention to the selected blocks and to everything from ``tail_start`` on (METHOD section 2).
 
@@ -123,6 +149,7 @@ def block_attention(
         length: positions in the cache, the step's own rows last.
         block_size: positions per block, a divisor of the page.
         groups: query heads per KV head.
+        valid: [kv_heads, k], bool: entries of ``blocks`` that count; None for all.
 
     Returns:
         [kv_heads, rows * groups, head_dim] in the dtype of ``queries``.
@@ -134,5 +161,9 @@ def block_attention(
         inside = slice(max(tail_start - number * page, 0), min(length - number * page, page))
         key_parts.append(keys[number, :, :, inside])
         value_parts.append(values[number, :, inside])
-    weights = _weights(torch.bmm(queries, torch.cat(key_parts, dim=2)), groups)
+    scores = torch.bmm(queries, torch.cat(key_parts, dim=2))
+    if valid is not None:
+        hidden = ~valid.repeat_interleave(block_size, dim=1)
+        scores[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], float("-inf"))
+    weights = _weights(scores, groups)
     return torch.bmm(weights, torch.cat(value_parts, dim=1))

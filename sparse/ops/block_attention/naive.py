@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def visible_positions(blocks: Tensor | None, tail_start: int, length: int, block_size: int, rows: int) -> Tensor:
+def visible_positions(
+    blocks: Tensor | None, tail_start: int, length: int, block_size: int, rows: int, valid: Tensor | None = None
+) -> Tensor:
     """Which positions each row of a step may see.
 
     Args:
@@ -15,6 +17,7 @@ def visible_positions(blocks: Tensor | None, tail_start: int, length: int, block
         length: positions in the cache, the step's own ``rows`` included at the end.
         block_size: positions per block.
         rows: tokens of the step.
+        valid: [kv_heads, k], bool: entries of ``blocks`` that count; None for all.
 
     Returns:
         Boolean mask [kv_heads or 1, rows, length].
@@ -23,7 +26,7 @@ def visible_positions(blocks: Tensor | None, tail_start: int, length: int, block
     visible = torch.full((heads, length), blocks is None)
     if blocks is not None:
         for head in range(heads):
-            for block in blocks[head].tolist():
+            for block in (blocks[head] if valid is None else blocks[head][valid[head]]).tolist():
                 visible[head, block * block_size : (block + 1) * block_size] = True
     visible[:, tail_start:] = True
     causal = torch.arange(length)[None, :] <= torch.arange(length - rows, length)[:, None]
@@ -39,19 +42,21 @@ def block_attention(
     tail_start: int,
     block_size: int,
     groups: int,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Attention over the visible positions only (METHOD section 2).
 
     Args:
         queries: [kv_heads, rows * groups, head_dim], already scaled; the groups of a row stand together.
         keys, values: [kv_heads, length, head_dim], the step's own rows last.
-        blocks, tail_start, block_size: as in :func:`visible_positions`.
+        blocks, tail_start, block_size, valid: as in :func:`visible_positions`.
         groups: query heads per KV head.
 
     Returns:
         [kv_heads, rows * groups, head_dim] in fp64.
     """
     rows = queries.shape[1] // groups
-    visible = visible_positions(blocks, tail_start, keys.shape[1], block_size, rows).repeat_interleave(groups, dim=1)
+    visible = visible_positions(blocks, tail_start, keys.shape[1], block_size, rows, valid)
+    visible = visible.repeat_interleave(groups, dim=1)
     scores = queries.double() @ keys.double().transpose(1, 2)
     return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values.double()

@@ -1,0 +1,51 @@
+"""How close sparse verification stays to dense on the dense trajectory, teacher forced (METHOD section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from harness.engine.acceptance import accept_greedy
+from harness.engine.decoding import Decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Sums over the steps of one decode.
+
+    Attributes:
+        tokens: tokens compared: those that the dense decode kept.
+        agreeing: of these, tokens for which the sparse step's most probable token is the dense one's.
+        kl: sum of KL(dense || sparse) over the compared tokens, in nats.
+        steps: steps compared.
+        flips: steps whose draft the sparse step would have accepted to another length.
+    """
+
+    tokens: int
+    agreeing: int
+    kl: float
+    steps: int
+    flips: int
+
+
+def compare(dense: Sequence[Tensor], sparse: Sequence[Tensor], decoded: Decoded) -> Fidelity:
+    """Compare two replays of one decode.
+
+    Args:
+        dense, sparse: logits per step, each [rows, vocab], from ``Decoder.replay`` over ``decoded``.
+        decoded: what was replayed.
+    """
+    tokens = agreeing = flips = 0
+    kl = 0.0
+    for ours, theirs, (draft, kept) in zip(dense, sparse, decoded.transcript, strict=True):
+        choices, others = ours.argmax(-1).tolist(), theirs.argmax(-1).tolist()
+        tokens += kept
+        agreeing += sum(a == b for a, b in zip(choices[:kept], others[:kept], strict=True))
+        flips += len(accept_greedy(draft, choices)) != len(accept_greedy(draft, others))
+        log_dense = functional.log_softmax(ours[:kept].float(), -1)
+        log_sparse = functional.log_softmax(theirs[:kept].float(), -1)
+        kl += float(functional.kl_div(log_sparse, log_dense, reduction="sum", log_target=True))
+    return Fidelity(tokens, agreeing, kl, len(decoded.transcript), flips)

@@ -1,0 +1,104 @@
+"""Attention of a verification step: which blocks, and the attention to them (METHOD sections 2 and 5)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from harness.engine.cache import KVCache
+from harness.engine.model.probe import AttentionView
+from harness.engine.model.verification import Verification
+from sparse.budget import AttentionBudget
+from sparse.ops.block_attention import eager
+from sparse.scoring import block_scores, mass_scores
+from sparse.selection import Selection, select_blocks
+from sparse.trace import ANCHOR_HIT, ANCHOR_MISS, DENSE_PATH, DRAFT_REUSE, ORACLE_PATH, SELECT_PATH, SPARSE_PATH
+
+
+def attend(
+    run: Verification, layer: int, row: int, cache: KVCache, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Store the step's keys and values in the cache and attend from its tokens to the cache.
+
+    Args:
+        run: budgets, counters and memory.
+        layer: its number.
+        row: of the cache.
+        cache: holds everything before the step.
+        queries: [tokens, heads, head_dim], rotated and scaled.
+        keys, values: [tokens, kv_heads, head_dim], keys rotated.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    trace = run.trace
+    (count, heads, head_dim), kv_heads = queries.shape, keys.shape[1]
+    groups = heads // kv_heads
+    start = cache.lengths[row]
+    cache.write(layer, row, start, keys, values)
+    stored_keys, stored_values = cache.layer(layer, row)
+    grouped = queries.view(count, kv_heads, groups, head_dim).transpose(0, 1)
+    grouped = grouped.reshape(kv_heads, count * groups, head_dim)
+    length = start + count
+    view = AttentionView(
+        grouped, stored_keys, stored_values, start, length, groups, cache.summaries(layer, row) if start else {}
+    )
+    trace.lap("attention")
+    selection, tail_start = _choose(run, layer, row, view)
+    trace.lap("select")
+    if run.probe is not None:
+        selection = run.probe.selection(layer, view, selection)
+    block_size = run.sparsity.attention.block_size
+    if selection is None:
+        mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups)
+        trace.attention(DENSE_PATH, layer, length, length, count)
+    else:
+        mixed = eager.block_attention(
+            grouped,
+            stored_keys,
+            stored_values,
+            selection.blocks,
+            tail_start=tail_start,
+            length=length,
+            block_size=block_size,
+            groups=groups,
+            valid=selection.valid,
+        )
+        attended = selection.kept * block_size / kv_heads + length - tail_start
+        trace.attention(SPARSE_PATH, layer, length, attended, count)
+        trace.paths[DRAFT_REUSE] += count - 1
+    mixed = mixed.view(kv_heads, count, groups, head_dim).transpose(0, 1).reshape(count, heads, head_dim)
+    trace.lap("attention")
+    return mixed
+
+
+def scores(budget: AttentionBudget, view: AttentionView) -> Tensor:
+    """Block scores of a view by the budget's rule, [kv_heads, whole blocks], fp32."""
+    if budget.score == "oracle":
+        mass = eager.attention_mass(view.queries, view.keys, view.start, view.length, budget.block_size, view.groups)
+        return mass_scores(mass, budget, view.groups)
+    whole = view.start // budget.block_size
+    return block_scores(view.queries, view.summaries, budget, view.groups)[:, :whole]
+
+
+def _choose(run: Verification, layer: int, row: int, view: AttentionView) -> tuple[Selection | None, int]:
+    """The blocks to attend to, None for all, and the position from which on everything is visible."""
+    budget, reuse, trace = run.sparsity.attention, run.sparsity.reuse, run.trace
+    whole = view.start // budget.block_size
+    tail_start = whole * budget.block_size
+    if not budget.skips(layer, view.start):
+        return None, tail_start
+    memory = run.memory(row)
+    if reuse.skips("retrieval", layer) and (old := memory.old_blocks(layer, reuse.refresh)) is not None:
+        trace.skipped("retrieval", old[2])
+        return old[0], old[1]
+    if not reuse.retrieves(layer):
+        if memory.anchor is not None:
+            trace.paths[ANCHOR_HIT] += 1
+            selection, tail_start = memory.anchor
+            return (selection.of_heads(reuse.head_map[layer]) if reuse.head_map else selection), tail_start
+        trace.paths[ANCHOR_MISS] += 1
+    trace.paths[ORACLE_PATH if budget.score == "oracle" else SELECT_PATH] += 1
+    trace.scored += whole
+    selection = select_blocks(scores(budget, view), budget, budget.blocks(view.start), budget.low(layer))
+    memory.keep_blocks(layer, selection, tail_start)
+    return selection, tail_start

@@ -1,0 +1,114 @@
+"""Feed-forward and mixture-of-experts layers of a verification step (METHOD sections 3 to 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness.engine.model.families import LayerWeights
+from harness.engine.model.verification import Verification
+from sparse import experts
+from sparse.ops.moe import eager as moe_op
+from sparse.ops.sparse_ffn import eager as ffn_op
+from sparse.ops.weights import FfnWeights, MoeWeights
+from sparse.reuse import SelectionMemory
+
+
+def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Tensor, memory: SelectionMemory) -> Tensor:
+    """Output of one FFN or MoE layer for the tokens of one sequence, which share one set of channels and experts.
+
+    Args:
+        run: budgets and counters.
+        layer: its number.
+        weights: of the layer.
+        rows: [tokens, hidden], normed.
+        memory: of the sequence.
+
+    Returns:
+        [tokens, hidden].
+    """
+    if run.sparsity.reuse.skips("ffn", layer):
+        run.trace.skipped("ffn")
+        return torch.zeros_like(rows)
+    if weights.moe is not None:
+        output = _moe(run, layer, weights.moe, rows)
+        run.trace.lap("moe")
+        return output
+    assert weights.ffn is not None
+    output = _ffn(run, layer, weights.ffn, rows, memory)
+    run.trace.lap("ffn")
+    return output
+
+
+def _ffn(run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memory: SelectionMemory | None) -> Tensor:
+    """A dense FFN, or one expert; experts remember no channels."""
+    if run.sparsity.ffn.applies(layer):
+        return _sparse_ffn(run, layer, weights, rows, memory)
+    width = weights.width
+    run.trace.paths[ffn_op.DENSE_PATH] += 1
+    run.trace.ffn(layer, width=width, gates=width, channels=width, rows=rows.shape[0])
+    if run.probe is None:
+        return ffn_op.dense_ffn(rows, weights)
+    both = weights.gate_up(rows)
+    activations = run.probe.gated(layer, functional.silu(both[:, :width]))
+    return weights.down(activations * both[:, width:])
+
+
+def _sparse_ffn(
+    run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memory: SelectionMemory | None
+) -> Tensor:
+    budget, reuse, trace, width = run.sparsity.ffn, run.sparsity.reuse, run.trace, weights.width
+    activations = ffn_op.activations(rows, weights)
+    if run.probe is not None:
+        activations = run.probe.gated(layer, activations)
+    if not budget.shared:
+        mask = ffn_op.token_mask(activations, budget, layer)
+        trace.paths[ffn_op.SIMULATED_PATH] += 1
+        trace.ffn(layer, width=width, gates=width, channels=width, rows=rows.shape[0], kept=int(mask.sum()))
+        return ffn_op.masked_ffn(rows, activations, weights, mask)
+    old = None
+    if memory is not None and reuse.skips("channels", layer):
+        old = memory.old_channels(layer, reuse.refresh)
+    if old is not None:
+        channels = old[0]
+        trace.skipped("channels", old[1])
+    else:
+        channels = ffn_op.select_channels(activations, budget, layer)
+        if memory is not None:
+            memory.keep_channels(layer, channels)
+    trace.paths[ffn_op.path(weights)] += 1
+    trace.ffn(layer, width=width, gates=width, channels=channels.shape[0], rows=rows.shape[0])
+    return ffn_op.sparse_ffn(rows, activations, weights, channels)
+
+
+def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Tensor:
+    budget, trace = run.sparsity.moe, run.trace
+    probabilities = experts.probabilities(weights.router(rows))
+    if budget.is_dense:
+        combine = experts.route(probabilities, weights)
+    else:
+        combine, done = experts.restrict(probabilities, weights, budget, layer)
+        for fate in ("wanted", "kept", "skipped", "substituted", "dropped", "freed"):
+            trace.pairs[fate] += getattr(done, fate)
+        trace.experts_wanted[layer] += done.union_dense
+    if run.probe is not None:
+        combine = run.probe.routed(layer, probabilities, combine)
+    runs = combine != 0
+    union, pairs = int(runs.any(0).sum()), int(runs.sum())
+    if budget.is_dense:
+        trace.experts_wanted[layer] += union
+    trace.experts_loaded[layer] += union
+    trace.paths[moe_op.DENSE_PATH if budget.is_dense else moe_op.PATH] += 1
+    if run.sparsity.ffn.applies(layer):
+        return moe_op.moe(
+            rows, combine, weights, lambda number, own: _ffn(run, layer, weights.experts[number], own, None)
+        )
+    width = weights.experts[0].width
+    trace.ffn(layer, width=union * width, gates=union * width, channels=union * width, rows=0)
+    trace.gate_products += pairs * width
+    trace.channel_products += pairs * width
+    if weights.shared is not None:
+        shared = weights.shared.width
+        trace.ffn(layer, width=shared, gates=shared, channels=shared, rows=rows.shape[0])
+    return moe_op.moe(rows, combine, weights)

@@ -1,0 +1,168 @@
+"""Dense and sparse feed-forward networks of a step's rows (METHOD section 3): the CPU path and the fall-back elsewhere.
+
+The gate is computed in full. With channels shared by the step's tokens, the rows of up and the columns of down of the
+other channels are not read. With a mask per token everything is computed and the dropped activations are zero: that
+measures quality, not speed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparse.budget import FfnBudget
+from sparse.ops.sparse_ffn import native
+from sparse.ops.weights import FfnWeights
+
+DENSE_PATH = "dense_ffn.torch"
+NATIVE_PATH = "sparse_ffn.native"
+TORCH_PATH = "sparse_ffn.torch"
+SIMULATED_PATH = "sparse_ffn.simulated"
+PATHS = (DENSE_PATH, NATIVE_PATH, TORCH_PATH, SIMULATED_PATH)
+
+
+def channel_rows(up: Tensor, down: Tensor) -> Tensor:
+    """Each channel's row of up and column of down side by side.
+
+    Args:
+        up: [width, hidden].
+        down: [hidden, width].
+
+    Returns:
+        [width, 2 * hidden], contiguous, for ``FfnWeights.channels``.
+    """
+    return torch.cat((up, down.T), dim=1)
+
+
+def path(weights: FfnWeights) -> str:
+    """The path that :func:`sparse_ffn` takes with these weights, NATIVE_PATH or TORCH_PATH."""
+    channels = weights.channels
+    if channels is not None and channels.device.type == "cpu" and native.available(channels.dtype):
+        return NATIVE_PATH
+    return TORCH_PATH
+
+
+def dense_ffn(rows: Tensor, weights: FfnWeights) -> Tensor:
+    """down(silu(gate(x)) * up(x)) with every channel: [n, hidden] to [n, hidden], in the dtype of ``rows``."""
+    both = weights.gate_up(rows)
+    return weights.down(functional.silu(both[:, : weights.width]) * both[:, weights.width :])
+
+
+def activations(rows: Tensor, weights: FfnWeights) -> Tensor:
+    """silu(gate(x)) of every channel: [n, hidden] to [n, width], in the dtype of ``rows``.
+
+    Raises:
+        ValueError: only the dense path of these weights was prepared.
+    """
+    if weights.gate is None:
+        raise ValueError("these FFN weights have no separate gate: only their dense path was prepared")
+    return functional.silu(weights.gate(rows))
+
+
+@lru_cache(maxsize=64)
+def _survival_weights(rows: int, survival: float, device: torch.device) -> Tensor:
+    """[1, rows], fp32: how much each token of the step counts; they sum to 1."""
+    weights = survival ** torch.arange(rows, dtype=torch.float64)
+    return (weights / weights.sum()).to(torch.float32).to(device)[None]
+
+
+def _magnitudes(activations: Tensor, budget: FfnBudget) -> Tensor:
+    """[width]: what the shared masks rank the channels by."""
+    if budget.mask == "root":
+        return activations[0].abs()
+    if budget.mask == "weighted":
+        weights = _survival_weights(activations.shape[0], budget.survival, activations.device)
+        return (weights @ activations.abs().float())[0]
+    return activations.abs().amax(0)
+
+
+def select_channels(activations: Tensor, budget: FfnBudget, layer: int) -> Tensor:
+    """The channels that all tokens of the step keep (METHOD section 3, shared masks).
+
+    Args:
+        activations: [n, width], n at least 1, the root of the draft first.
+        budget: rule and shared mask.
+        layer: number of the layer, for its threshold.
+
+    Returns:
+        [c], int64, each channel at most once and in no particular order, c at least 1.
+
+    Raises:
+        ValueError: the budget masks every token for itself.
+    """
+    if not budget.shared:
+        raise ValueError("mask='token' has no channels that the tokens share")
+    width = activations.shape[1]
+    if budget.is_dense:
+        return torch.arange(width, device=activations.device)
+    magnitudes = _magnitudes(activations, budget)
+    if budget.rule == "topk":
+        return magnitudes.topk(budget.channels(width), sorted=False).indices
+    chosen = (magnitudes.float() >= budget.threshold(layer)).nonzero().squeeze(1)
+    return chosen if chosen.numel() else magnitudes.argmax(dim=0, keepdim=True)
+
+
+def token_mask(activations: Tensor, budget: FfnBudget, layer: int) -> Tensor:
+    """The channels that each token keeps for itself (METHOD section 3, mask per token).
+
+    Args:
+        activations: [n, width].
+        budget: the rule; its mask is not looked at.
+        layer: number of the layer, for its threshold.
+
+    Returns:
+        [n, width], bool, at least one channel per row.
+    """
+    if budget.is_dense:
+        return torch.ones_like(activations, dtype=torch.bool)
+    magnitudes = activations.abs()
+    if budget.rule == "topk":
+        kept = magnitudes.topk(budget.channels(activations.shape[1]), dim=1, sorted=False).indices
+        return torch.zeros_like(activations, dtype=torch.bool).scatter_(1, kept, True)
+    strongest = magnitudes.argmax(dim=1, keepdim=True)
+    return (magnitudes.float() >= budget.threshold(layer)).scatter_(1, strongest, True)
+
+
+def sparse_ffn(rows: Tensor, activations: Tensor, weights: FfnWeights, channels: Tensor) -> Tensor:
+    """The network's output from the chosen channels; the weights of the others are not read (METHOD section 3).
+
+    Args:
+        rows: [n, hidden].
+        activations: [n, width], from :func:`activations`.
+        weights: with ``channels``, in the dtype of ``rows``.
+        channels: [c], int64, each at most once.
+
+    Returns:
+        [n, hidden] in the dtype of ``rows``.
+
+    Raises:
+        ValueError: only the dense path of these weights was prepared.
+        IndexError: a channel lies outside the width.
+    """
+    if weights.channels is None:
+        raise ValueError("these FFN weights have no channel rows: only their dense path was prepared")
+    if path(weights) == NATIVE_PATH:
+        return native.ffn(rows, activations, weights.channels, channels)
+    hidden = rows.shape[1]
+    chosen = weights.channels.index_select(0, channels)
+    inner = activations.index_select(1, channels) * (rows @ chosen[:, :hidden].T)
+    return inner @ chosen[:, hidden:]
+
+
+def masked_ffn(rows: Tensor, activations: Tensor, weights: FfnWeights, mask: Tensor) -> Tensor:
+    """The network's output with a mask per token, simulated: every channel is computed (METHOD section 3).
+
+    Args:
+        rows: [n, hidden].
+        activations: [n, width], from :func:`activations`.
+        weights: the network.
+        mask: [n, width], bool; dropped activations count zero.
+
+    Returns:
+        [n, hidden] in the dtype of ``rows``.
+    """
+    up = weights.gate_up(rows)[:, weights.width :]
+    return weights.down(activations.masked_fill(~mask, 0.0) * up)

@@ -1,0 +1,98 @@
+// What the kernels share: the problem, aligned memory and the portable kernel.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace sparse_ffn {
+
+constexpr int64_t kLanes = 32;  // columns per step; rows of partial sums are padded to a multiple of it
+
+struct Problem {
+  const void* rows;         // [count, hidden]
+  const void* activations;  // [count, width]
+  const void* channels;     // [width, 2 * hidden]
+  const int64_t* index;     // [chosen]
+  int64_t count, hidden, width, chosen;
+};
+
+template <typename T>
+std::unique_ptr<T[], decltype(&std::free)> aligned(int64_t size) {
+  const size_t bytes = (static_cast<size_t>(size) * sizeof(T) / 64 + 1) * 64;
+  auto* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
+  if (!memory) throw std::bad_alloc();
+  return {memory, &std::free};
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float value, float* target) { *target = value; }
+
+inline void narrow(float value, BFloat16* target) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  target->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Any scalar type, vectorised by the compiler.
+template <typename Scalar>
+struct Portable {
+  static constexpr int64_t kBlock = 4;
+  const Problem& p;
+  void* target = nullptr;
+
+  explicit Portable(const Problem& problem) : p(problem) {}
+
+  // Adds the chosen channels from .. to to the sums, [count, stride]; the range they belong to ends at end.
+  void block(int64_t from, int64_t to, int64_t /* end */, float* sums, int64_t stride) const {
+    const auto* rows = static_cast<const Scalar*>(p.rows);
+    const auto* activations = static_cast<const Scalar*>(p.activations);
+    const Scalar* w[kBlock];
+    for (int64_t k = 0; k < kBlock; k++)
+      w[k] = static_cast<const Scalar*>(p.channels) + p.index[std::min(from + k, to - 1)] * 2 * p.hidden;
+    for (int64_t r = 0; r < p.count; r++) {
+      const Scalar* x = rows + r * p.hidden;
+      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int64_t j = 0; j < p.hidden; j++) {
+        const float v = widen(x[j]);
+        s0 += v * widen(w[0][j]);
+        s1 += v * widen(w[1][j]);
+        s2 += v * widen(w[2][j]);
+        s3 += v * widen(w[3][j]);
+      }
+      float a[kBlock] = {s0, s1, s2, s3};
+      for (int64_t k = 0; k < kBlock; k++)
+        a[k] = from + k < to ? a[k] * widen(activations[r * p.width + p.index[from + k]]) : 0.0f;
+      const Scalar *d0 = w[0] + p.hidden, *d1 = w[1] + p.hidden, *d2 = w[2] + p.hidden, *d3 = w[3] + p.hidden;
+      float* out = sums + r * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < p.hidden; j++)
+        out[j] += a[0] * widen(d0[j]) + a[1] * widen(d1[j]) + a[2] * widen(d2[j]) + a[3] * widen(d3[j]);
+    }
+  }
+
+  // One row of sums, rounded, to the target.
+  void store(const float* sums, int64_t row) const {
+    Scalar* out = static_cast<Scalar*>(target) + row * p.hidden;
+    for (int64_t j = 0; j < p.hidden; j++) narrow(sums[j], out + j);
+  }
+};
+
+}  // namespace sparse_ffn

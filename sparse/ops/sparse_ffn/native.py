@@ -1,0 +1,205 @@
+"""The sparse feed-forward product as a CPU kernel, built by the system's compiler at first use (METHOD section 3).
+
+The library lies in a folder of the user, named by a hash of its sources, the compiler's flags, torch and the CPU.
+Every build works in a folder of its own and moves the finished library into place, so processes may build at the same
+time and a killed build blocks nobody. Without a compiler, or where the result is wrong, the kernel is unavailable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SWITCH = "SPARSE_VERIFICATION_NATIVE"
+"""Environment variable: 0 switches the kernel off."""
+
+_SOURCES = ("native.cpp", "native.h", "native_bf16.h")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-w")
+_BUILD_SECONDS = 180
+_PORTABLE_FP32, _PORTABLE_BF16 = 0, 1
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where built libraries lie: ``native`` in $SPARSE_VERIFICATION_CACHE, else in the user's cache folder."""
+    own = os.environ.get("SPARSE_VERIFICATION_CACHE")
+    if own:
+        return Path(own) / "native"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sparse-verification" / "native"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    named = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(named)})])
+
+
+def _library_path() -> Path:
+    """Where the library of these sources, this torch and this CPU belongs."""
+    here = Path(__file__).parent
+    parts = [*((here / name).read_text() for name in _SOURCES), *_FLAGS, *_compiler(), torch.__version__, _cpu()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_folder() / f"sparse_ffn-{digest}.so"
+
+
+def _build(library: Path) -> None:
+    """Compiles the library; linked against torch alone, so that both share one pool of threads."""
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
+        unit, linked = f"{folder}/native.o", f"{folder}/native.so"
+        source = str(Path(__file__).with_name(_SOURCES[0]))
+        for command in (
+            [*_compiler(), *_FLAGS, f"-I{root / 'include'}", "-c", source, "-o", unit],
+            [*_compiler(), "-shared", unit, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", linked],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
+        os.replace(linked, library)
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    """The library, built first where it is missing or broken."""
+    try:
+        kernels = ctypes.CDLL(str(library))
+    except OSError:
+        _build(library)
+        kernels = ctypes.CDLL(str(library))
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    kernels.sparse_ffn_run.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 4, pointer]
+    return kernels
+
+
+def _call(
+    kernels: ctypes.CDLL, variant: int, rows: Tensor, activations: Tensor, channels: Tensor, index: Tensor
+) -> Tensor:
+    """Runs one kernel on checked, contiguous tensors."""
+    output = torch.empty_like(rows)
+    count, hidden = rows.shape
+    status = kernels.sparse_ffn_run(
+        variant,
+        rows.data_ptr(),
+        activations.data_ptr(),
+        channels.data_ptr(),
+        index.data_ptr(),
+        count,
+        hidden,
+        channels.shape[0],
+        index.shape[0],
+        output.data_ptr(),
+    )
+    if status == 1:
+        raise IndexError(f"a channel lies outside 0 to {channels.shape[0] - 1}")
+    if status == 2:
+        raise RuntimeError(f"FFN kernel {variant} does not run on this CPU")
+    if status:
+        raise MemoryError(f"no memory for the sums of {count} rows")
+    return output
+
+
+def _is_right(kernels: ctypes.CDLL, variant: int, dtype: torch.dtype) -> bool:
+    """Whether a small product of odd sizes agrees with the same in fp64."""
+    count, hidden, width = 5, 41, 19
+    rows = torch.linspace(-1, 1, count * hidden).sin().view(count, hidden).to(dtype)
+    activations = torch.linspace(-2, 3, count * width).view(count, width).to(dtype)
+    channels = torch.linspace(0, 99, width * 2 * hidden).cos().view(width, -1).to(dtype)
+    index = torch.arange(width - 1, -1, -2)
+    found = _call(kernels, variant, rows, activations, channels, index)
+    up, down = channels[index].double().view(-1, 2, hidden).unbind(1)
+    truth = (activations[:, index].double() * (rows.double() @ up.T)) @ down
+    return bool((found.double() - truth).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * truth.norm())
+
+
+@cache
+def load() -> tuple[ctypes.CDLL, dict[torch.dtype, tuple[int, ...]]] | None:
+    """The library and the kernels that run here by dtype, the fastest last; or None. Builds it where it is missing.
+
+    Called once per process; ``load.cache_clear()`` makes the next call look again.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        kernels = _open(_library_path())
+        best = kernels.sparse_ffn_best()
+        variants = {torch.float32: (_PORTABLE_FP32,), torch.bfloat16: tuple(range(_PORTABLE_BF16, best + 1))}
+        for dtype, numbers in variants.items():
+            if not all(_is_right(kernels, number, dtype) for number in numbers):
+                raise RuntimeError(f"it computes wrong results in {dtype}")
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace").strip()
+    except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    else:
+        return kernels, variants
+    _log.warning("the FFN kernel is unavailable, sparse FFNs run with torch operators: %s", reason[-2000:])
+    return None
+
+
+def variants(dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of the kernels that run here for ``dtype``, the fastest last: 0 portable fp32, 1 portable bf16, 2 bf16
+    dot products, 3 bf16 tiles. Empty where there is none."""
+    loaded = load()
+    return () if loaded is None else loaded[1].get(dtype, ())
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether a kernel runs here for tensors of ``dtype`` on the CPU. The first call may build it (seconds)."""
+    return bool(variants(dtype))
+
+
+def ffn(rows: Tensor, activations: Tensor, channels: Tensor, index: Tensor, variant: int | None = None) -> Tensor:
+    """Output of a gated feed-forward network from the chosen channels (METHOD section 3). No gradients.
+
+    Sums are kept in fp32. In bf16 the products of activation and up are rounded once before they meet down.
+
+    Args:
+        rows: [n, hidden], bf16 or fp32, on the CPU.
+        activations: [n, width], same dtype.
+        channels: [width, 2 * hidden], same dtype, contiguous: row of up, column of down.
+        index: [c], int64: the chosen channels. Only their rows of ``channels`` are read.
+        variant: one of :func:`variants`; None takes the fastest.
+
+    Returns:
+        [n, hidden] in the dtype of ``rows``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        IndexError: a channel lies outside the width.
+        RuntimeError: no kernel runs here for this dtype.
+    """
+    width = channels.shape[0]
+    if channels.shape[1] != 2 * rows.shape[1] or activations.shape != (rows.shape[0], width) or index.dim() != 1:
+        raise ValueError(
+            f"shapes do not fit: rows {tuple(rows.shape)}, activations {tuple(activations.shape)}, "
+            f"channels {tuple(channels.shape)}, index {tuple(index.shape)}"
+        )
+    if not rows.dtype == activations.dtype == channels.dtype or index.dtype != torch.int64:
+        raise ValueError(f"dtypes do not fit: {rows.dtype}, {activations.dtype}, {channels.dtype}, {index.dtype}")
+    if not (rows.is_cpu and activations.is_cpu and channels.is_cpu and index.is_cpu and channels.is_contiguous()):
+        raise ValueError("the kernel takes CPU tensors and contiguous channels")
+    loaded = load()
+    known = () if loaded is None else loaded[1].get(rows.dtype, ())
+    if loaded is None or not known or (variant is not None and variant not in known):
+        raise RuntimeError(f"no such FFN kernel here for {rows.dtype}")
+    chosen = known[-1] if variant is None else variant
+    return _call(loaded[0], chosen, rows.contiguous(), activations.contiguous(), channels, index.contiguous())

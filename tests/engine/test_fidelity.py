@@ -1,0 +1,117 @@
+"""Replays of a decode, teacher-forced fidelity, and what is observed of the selections."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harness.engine.analysis import SelectionAnalysis
+from harness.engine.decoding import Decoded
+from harness.engine.drafting.lookup import LookupDrafter
+from harness.engine.fidelity import compare
+from harness.engine.model.attention import scores
+from harness.engine.model.probe import AttentionView, Probe
+from sparse.budget import AttentionBudget, Sparsity
+from sparse.selection import Selection, select_blocks
+from tests.engine.tiny import decoder, repetitive_prompt
+
+NEW = 30
+
+
+def test_a_dense_replay_repeats_the_dense_decode() -> None:
+    engine = decoder()
+    prefix = engine.prefill(repetitive_prompt(300))
+    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    logits = engine.replay(prefix, decoded, Sparsity())
+    assert [rows.shape[0] for rows in logits] == [1 + len(draft) for draft, _ in decoded.transcript]
+    kept = [rows[:count].argmax(-1).tolist() for rows, (_, count) in zip(logits, decoded.transcript, strict=True)]
+    assert [token for step in kept for token in step] == decoded.output[1:]
+    same = compare(logits, logits, decoded)
+    assert (same.tokens, same.agreeing, same.flips, same.steps) == (NEW - 1, NEW - 1, 0, len(decoded.transcript))
+    assert same.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sparse_replay_drifts_and_more_so_with_less_budget() -> None:
+    engine = decoder(budget=Sparsity(AttentionBudget(topk=2)))
+    prefix = engine.prefill(repetitive_prompt(600))
+    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    dense = engine.replay(prefix, decoded, Sparsity())
+    kl = {}
+    for topk in (2, 12, 34):
+        sparse = engine.replay(prefix, decoded, Sparsity(AttentionBudget(topk=topk)))
+        kl[topk] = compare(dense, sparse, decoded).kl
+    assert kl[2] > kl[12] > kl[34] > 0
+
+
+def test_fidelity_counts_what_it_says() -> None:
+    """Two steps by hand: three kept tokens, one of them wrong under sparsity, which also shortens the draft."""
+    dense = [torch.eye(4)[[1, 2]] * 9, torch.eye(4)[[3]] * 9]
+    sparse = [torch.eye(4)[[3, 2]] * 9, torch.eye(4)[[3]] * 9]
+    found = compare(dense, sparse, Decoded([0, 1, 2, 3], transcript=[((1,), 2), ((), 1)]))
+    assert (found.tokens, found.agreeing, found.steps, found.flips) == (3, 2, 2, 1)
+    p, q = torch.softmax(dense[0][0], -1), torch.softmax(sparse[0][0], -1)
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+
+
+def test_selections_are_observed_as_a_direct_computation_says() -> None:
+    budget = AttentionBudget(topk=5, query="first")
+    engine = decoder(budget=Sparsity(budget))
+    prefix = engine.prefill(repetitive_prompt(400))
+    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    views: list[tuple[int, AttentionView, Selection | None]] = []
+
+    class Both(Probe):
+        def selection(self, layer: int, view: AttentionView, selection: Selection | None) -> Selection | None:
+            views.append((layer, view, selection))
+            return observed.selection(layer, view, selection)
+
+    observed = SelectionAnalysis(budget, 3, every=1)
+    engine.replay(prefix, decoded, Sparsity(budget), Both())
+    found = observed.means()
+    assert found["steps"] == len(decoded.transcript)
+    own = {}
+    overlaps: dict[tuple[int, int], list[float]] = {}
+    for number, (layer, view, selection) in enumerate(views):
+        rows, blocks = view.queries.shape[1] // view.groups, view.start // 16
+        sets = []
+        for row in range(rows):
+            alone = replace(view, queries=view.queries[:, row * view.groups : (row + 1) * view.groups])
+            chosen = select_blocks(scores(budget, alone), budget, 5)
+            sets.append({(head, block) for head in range(2) for block in chosen.blocks[head].tolist()})
+        own[number // 3, layer] = sets[0]
+        assert selection is not None and sets[0] == set(map(tuple, selection.mask(blocks).nonzero().tolist()))
+        for first in range(rows):
+            for second in range(first + 1, rows):
+                overlaps.setdefault((layer, second - first), []).append(len(sets[first] & sets[second]) / 10)
+    for (layer, distance), values in overlaps.items():
+        assert found["overlap"][layer][distance - 1] == pytest.approx(sum(values) / len(values), abs=1e-4)
+    count = len(views) // 3
+    for left in range(3):
+        for right in range(3):
+            both = [len(own[n, left] & own[n, right]) / len(own[n, left] | own[n, right]) for n in range(count)]
+            assert found["similarity"][left][right] == pytest.approx(sum(both) / count, abs=1e-4)
+    for layer in range(3):
+        assert 0 < found["recall"][layer] <= found["oracle_recall"][layer] + 1e-4 <= 1.0002
+
+
+def test_oracle_selection_has_the_oracle_s_recall() -> None:
+    """With oracle scores, mean over all rows and heads, nothing better of that size exists."""
+    budget = AttentionBudget(topk=5, score="oracle", query="mean")
+    engine = decoder(budget=Sparsity(budget))
+    prefix = engine.prefill(repetitive_prompt(400))
+    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), 8)
+    observed = SelectionAnalysis(budget, 3, every=1)
+    engine.replay(prefix, decoded, Sparsity(budget), observed)
+    found = observed.means()
+    assert found["recall"] == pytest.approx(found["oracle_recall"], abs=1e-4)
+
+
+def test_short_contexts_have_nothing_to_observe() -> None:
+    budget = AttentionBudget(topk=30)
+    engine = decoder(budget=Sparsity(budget))
+    prefix = engine.prefill(repetitive_prompt(100))
+    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), 8)
+    observed = SelectionAnalysis(budget, 3)
+    engine.replay(prefix, decoded, Sparsity(budget), observed)
+    found = observed.means()
+    assert found["steps"] == 0 and found["recall"] == [None] * 3
