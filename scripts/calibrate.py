@@ -116,9 +116,7 @@ def run(options: argparse.Namespace) -> tuple[Calibration, float]:
         )
     seconds = time.perf_counter() - begun
     shape = step.weights.shape
-    made = calibration(
-        tables, texts.identity(source), text, (shape.layers, shape.kv_heads), budget, len(windows) * length
-    )
+    made = calibration(tables, source.identity, text, (shape.layers, shape.kv_heads), budget, len(windows) * length)
     made.save(out)
     return Calibration.load(out), seconds
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Estimate, Row
@@ -16,8 +17,8 @@ CARVED = (
     "trained MoEs"
 )
 SIMULATED_NOTE = (
-    "simulated: something is masked instead of skipped, or read that the method would not read; its fidelity holds, its "
-    "time and bytes do not."
+    "simulated: something is masked instead of skipped, or read that a method would not read; fidelity is measured, "
+    "time and bytes show no saving"
 )
 
 _LATEX = {
@@ -40,6 +41,7 @@ _LATEX = {
     ARROW: r"$\to$",
     "\u0394": r"$\Delta$",
     "\u2265": r"$\geq$",
+    "\u2026": r"\ldots{}",
 }
 
 
@@ -52,6 +54,39 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[int] = frozenset()
     sections: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table of runs; an optional one is left out where it is empty in every row."""
+
+    name: str
+    cell: Callable[[Row], str]
+    right: bool = True
+    optional: bool = False
+
+
+def grids_of(rows: Sequence[Row], columns: Sequence[Column], title: str = "") -> list[Grid]:
+    """One table for each model and device, a row for each run; `title` follows their names."""
+    ordered = sorted(rows, key=lambda row: (row.model, row.device))
+    grids = []
+    for (model, device), group in groupby(ordered, key=lambda row: (row.model, row.device)):
+        members = list(group)
+        kept = [
+            column
+            for column in columns
+            if not column.optional or any(column.cell(row).strip(NOTHING) for row in members)
+        ]
+        body = tuple(tuple(column.cell(row) for column in kept) for row in members)
+        right = frozenset(index for index, column in enumerate(kept) if column.right)
+        sections = frozenset(i for i, (row, after) in enumerate(pairwise(members)) if row.task != after.task)
+        grids.append(Grid(f"{model} on {device}{title}", tuple(column.name for column in kept), body, right, sections))
+    return grids
+
+
+def lines(*parts: str) -> str:
+    """The parts that say something, one a line."""
+    return "\n".join(part for part in parts if part)
 
 
 def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
@@ -95,6 +130,17 @@ def same(row: Row) -> str:
         f"{share(row.divergence)} ({share(row.noise_floor)})\n"
         f"at {place(row.divergence, 'sparse')} ({place(row.noise_floor, 'dense')})"
     )
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return NOTHING if value is None else f"{number(100 * value, digits)}%"
+
+
+def change(before: float | None, after: float | None, digits: int = 2) -> str:
+    """From the dense arm's number to the sparse arm's, on two lines."""
+    values = [number(value, digits) for value in (before, after)]
+    return NOTHING if values == [NOTHING, NOTHING] else f"{values[0]}\n{ARROW} {values[1]}"
 
 
 def quality(row: Row) -> str:

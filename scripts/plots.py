@@ -45,7 +45,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
             continue
         for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, **options)
+            figure.savefig(buffer, format=suffix, bbox_inches="tight", **options)
             written.append(_replace(folder / f"{name}.{suffix}", buffer.getvalue()))
         plt.close(figure)
     return written

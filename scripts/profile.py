@@ -358,7 +358,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     return {
         "version": 1,
         "model": source.label,
-        "identity": texts.identity(source),
+        "identity": source.identity,
         "device": roofline.device_text(source.device, torch.get_num_threads()),
         "dtype": str(source.dtype).removeprefix("torch."),
         "text": text.label,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.figures.style import COLOURS, MARKERS, STYLE
+from scripts.figures.style import STYLE, mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def heads(profile: Profile) -> Figure:
         ordered = np.sort(kl.flatten())[::-1]
         shares = 100 * np.arange(1, ordered.size + 1) / ordered.size
         carried = 100 * ordered.cumsum() / max(ordered.sum(), _FLOOR)
-        last.plot(shares, carried, color=COLOURS[index % len(COLOURS)], linewidth=1.8, label=_tokens(name))
+        last.plot(shares, carried, color=mark(index)[0], linewidth=1.8, label=_tokens(name))
     last.plot([0, 100], [0, 100], color="#999999", linewidth=1, linestyle="--")
     last.set_xlabel("heads, strongest first [%]")
     last.set_ylabel("share of the summed KL [%]")
@@ -54,21 +54,17 @@ def blocks(profile: Profile) -> Figure:
     figure, (ranked, layered, placed, ablated) = _panels(4)
     nearly = axes_of["holding"].index(0.9)
     for index, (name, part) in enumerate(contexts.items()):
-        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.8, "label": _tokens(name)}
+        style: dict[str, Any] = {"color": mark(index)[0], "linewidth": 1.8, "label": _tokens(name)}
         by_rank = 100 * _array(part["by_rank"])
         shares = [100 * share for share in axes_of["by_rank"]]
         ranked.plot(shares, by_rank.mean(0), **style)
-        ranked.fill_between(
-            shares, by_rank.min(0), by_rank.max(0), color=COLOURS[index % len(COLOURS)], alpha=0.12, linewidth=0
-        )
-        layered.plot(
-            100 * _array(part["holding"])[:, nearly], **style, marker=MARKERS[index % len(MARKERS)], markersize=4
-        )
+        ranked.fill_between(shares, by_rank.min(0), by_rank.max(0), color=mark(index)[0], alpha=0.12, linewidth=0)
+        layered.plot(100 * _array(part["holding"])[:, nearly], **style, marker=mark(index)[1], markersize=4)
         by_position = _array(part["by_position"]).mean(0)
         middles = 100 * (np.arange(by_position.size) + 0.5) / by_position.size
-        placed.plot(middles, 100 * by_position, **style, marker=MARKERS[index % len(MARKERS)], markersize=4)
+        placed.plot(middles, 100 * by_position, **style, marker=mark(index)[1], markersize=4)
         deciles = np.arange(1, len(part["decile_kl"]) + 1)
-        ablated.plot(deciles, _floored(part["decile_kl"]), **style, marker=MARKERS[index % len(MARKERS)], markersize=5)
+        ablated.plot(deciles, _floored(part["decile_kl"]), **style, marker=mark(index)[1], markersize=5)
     ranked.set_xscale("log")
     ranked.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     ranked.minorticks_off()
@@ -154,8 +150,8 @@ def markdown(profile: Profile) -> str:
     lines = [
         f"# Redundancy profile of {profile['model']}",
         "",
-        f"{profile['device']}, {profile['dtype']}, {profile['text']}, {profile['windows']} windows per context, "
-        f"steps of {profile['rows']} tokens. KL is that of the draft tokens' distributions from the intact step, in nats.",
+        f"{profile['device']}, {profile['dtype']}, {_text(profile)}.",
+        "KL is that of the draft tokens' distributions from the intact step, in nats.",
         "",
         "| context | heads for 90% of the KL | weakest half of the heads, KL each | blocks for 90% / 99% of the mass "
         "| KL without the strongest tenth of blocks | without the weakest half's worst tenth |",
@@ -244,8 +240,8 @@ def _range(axis: Axes, kl: Floats, index: int, label: str) -> None:
         places,
         middle,
         yerr=[middle - low, high - middle],
-        color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
+        color=mark(index)[0],
+        marker=mark(index)[1],
         markersize=5,
         capsize=2.5,
         linewidth=1.4,
@@ -266,9 +262,14 @@ def _tokens(context: str) -> str:
 def _titled(figure: Figure, profile: Profile, what: str) -> Figure:
     """The title: what is shown, the model and where it ran, the text."""
     where = f"{profile['model']}, {profile['dtype']}, on {profile['device']}"
-    text = f"{profile['text']}, {profile['windows']} windows per context, steps of {profile['rows']} tokens"
-    figure.suptitle(f"{what}\n{where}\n{text}", fontsize=11)
+    figure.suptitle(f"{what}\n{where}\n{_text(profile)}", fontsize=11)
     return figure
+
+
+def _text(profile: Profile) -> str:
+    """The text and how it was run over, in words."""
+    count = profile["windows"]
+    return f"{profile['text']}, {count} window{'s' * (count > 1)} per context, steps of {profile['rows']} tokens"
 
 
 def _replace(file: Path, content: bytes) -> Path:

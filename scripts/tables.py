@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -15,9 +14,9 @@ from rich.text import Text
 
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Row
-from harness.evidence.store import write_text
-from scripts import cells, common
-from scripts.cells import ARROW, NOTHING, Grid
+from harness.evidence.store import write_table, write_text
+from scripts import budget_table, cells, common
+from scripts.cells import ARROW, NOTHING, Column, Grid, grids_of, lines
 
 LEGEND = (
     "Ratios are decoding throughputs (prefill left out) with 95% intervals over examples (BCa bootstrap, by cluster). "
@@ -55,19 +54,9 @@ REFERENCES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of the result table; an optional one is left out where it is empty in every row."""
-
-    name: str
-    cell: Callable[[Row], str]
-    right: bool = True
-    optional: bool = False
-
-
 FULL = (
-    Column("task\ndata", lambda row: _lines(row.task, f"({row.data})"), right=False),
-    Column("setting", lambda row: _lines(row.setting, _kept(row)), right=False),
+    Column("task\ndata", lambda row: lines(row.task, f"({row.data})"), right=False),
+    Column("setting", lambda row: lines(row.setting, _kept(row)), right=False),
     Column("n", lambda row: str(row.examples)),
     Column("prompt\ntokens", lambda row: cells.number(row.prompt_tokens, 0)),
     Column("AL", lambda row: cells.number(row.acceptance)),
@@ -82,8 +71,8 @@ FULL = (
     Column("mark", lambda row: "\n".join(row.marks), right=False, optional=True),
 )
 COMPACT = (
-    Column("task\nsetting", lambda row: _lines(row.task, row.setting, *row.marks), right=False),
-    Column("n\nprompt", lambda row: _lines(str(row.examples), cells.number(row.prompt_tokens, 0))),
+    Column("task\nsetting", lambda row: lines(row.task, row.setting, *row.marks), right=False),
+    Column("n\nprompt", lambda row: lines(str(row.examples), cells.number(row.prompt_tokens, 0))),
     Column("AL", lambda row: cells.number(row.acceptance)),
     *FULL[6:10],
     Column(
@@ -94,24 +83,7 @@ COMPACT = (
 
 def results_grids(rows: Sequence[Row], columns: Sequence[Column] = FULL) -> list[Grid]:
     """One table for each model and device, a row for each task and setting."""
-    ordered = sorted(rows, key=lambda row: (row.model, row.device))
-    grids = []
-    for (model, device), group in groupby(ordered, key=lambda row: (row.model, row.device)):
-        members = list(group)
-        kept = [
-            column
-            for column in columns
-            if not column.optional or any(column.cell(row).strip(NOTHING) for row in members)
-        ]
-        body = tuple(tuple(column.cell(row) for column in kept) for row in members)
-        right = frozenset(index for index, column in enumerate(kept) if column.right)
-        sections = frozenset(i for i, (row, after) in enumerate(pairwise(members)) if row.task != after.task)
-        grids.append(Grid(f"{model} on {device}", tuple(column.name for column in kept), body, right, sections))
-    return grids
-
-
-def _lines(*parts: str) -> str:
-    return "\n".join(part for part in parts if part)
+    return grids_of(rows, columns)
 
 
 def _kept(row: Row) -> str:
@@ -140,7 +112,7 @@ def reference_grid(rows: Sequence[Row], *, compact: bool = False) -> Grid:
         body += [_measured(row) for row in measured] or [("", "not measured", *[NOTHING] * 7)]
         ends.append(len(body) - 1)
     if compact:
-        body = [(_lines(*(part for part in line[:5] if part not in (NOTHING, UNSTATED))), *line[5:]) for line in body]
+        body = [(lines(*(part for part in line[:5] if part not in (NOTHING, UNSTATED))), *line[5:]) for line in body]
         what = ("source",)
     right = frozenset(range(len(what), len(what) + 3))
     title = "Reference as quoted beside what was measured"
@@ -166,9 +138,16 @@ def _measured(row: Row) -> tuple[str, ...]:
 def footnotes(rows: Sequence[Row]) -> list[str]:
     """What the marks mean, with the reason of every run whose numbers are withheld and the runs' notes."""
     lines = [f"{row.task}, {row.setting}: {row.status}, {row.reason}" for row in rows if row.reason]
+    lines += _cautions(rows)
     if any(row.stale for row in rows):
         lines.append("stale: made by other sources than the present ones; run again to refresh.")
     return lines + list(dict.fromkeys(f"{row.task}: {note}" for row in rows for note in row.notes))
+
+
+def _cautions(rows: Sequence[Row]) -> list[str]:
+    """What carved and simulated runs do not say."""
+    told = [cells.CARVED] if any(row.carved for row in rows) else []
+    return told + ([cells.SIMULATED_NOTE] if any(row.simulated for row in rows) else [])
 
 
 def render(grid: Grid) -> Table:
@@ -191,6 +170,11 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
     for grid in results_grids(rows, COMPACT if compact else FULL):
         console.print(render(grid))
     console.print(Text(LEGEND, style="dim"))
+    if any(row.counted for row in rows):
+        console.print()
+        for grid in budget_table.grids(rows, compact=compact):
+            console.print(render(grid))
+        console.print(Text(budget_table.LEGEND, style="dim"))
     for line in footnotes(rows):
         console.print(Text(line, style="yellow"))
     if any(row.task_name == quoted.task for row in rows for quoted in REFERENCES):
@@ -200,19 +184,25 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write results.md, results.tex, reference.md and reference.tex to `folder`, each atomically."""
-    grids, quoted = results_grids(rows), reference_grid(rows)
-    notes = [LEGEND, *footnotes(rows)]
-    preamble = "% needs \\usepackage{booktabs,graphicx}\n"
-    texts = {
-        "results.md": "\n".join([*(cells.markdown(grid) for grid in grids), *(f"{note}\n" for note in notes)]),
-        "results.tex": preamble + "\n".join(cells.latex(grid, notes) for grid in grids),
-        "reference.md": "\n".join([cells.markdown(quoted), f"{QUOTED}\n"]),
-        "reference.tex": preamble + cells.latex(quoted, [QUOTED]),
-    }
+    """Write results, budgets and reference as .md and .tex, and budgets.csv, to `folder`, each atomically."""
+    quoted, sources = reference_grid(rows), [QUOTED, *_cautions(rows)]
+    notes = footnotes(rows)
+    texts = _texts("results", results_grids(rows), [LEGEND, *notes])
+    texts |= _texts("budgets", budget_table.grids(rows), [budget_table.LEGEND, *notes])
+    texts |= _texts("reference", [quoted], sources)
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in texts]
+    write_table(folder / "budgets.csv", budget_table.table(rows))
+    return [folder / name for name in (*texts, "budgets.csv")]
+
+
+def _texts(name: str, grids: Sequence[Grid], notes: Sequence[str]) -> dict[str, str]:
+    """The Markdown and the LaTeX file of some tables and their notes."""
+    preamble = "% needs \\usepackage{booktabs,graphicx}\n"
+    return {
+        f"{name}.md": "\n".join([*(cells.markdown(grid) for grid in grids), *(f"{note}\n" for note in notes)]),
+        f"{name}.tex": preamble + "\n".join(cells.latex(grid, notes) for grid in grids),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

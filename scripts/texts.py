@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from harness import schema
-from harness.engine.model import carving, healing, loading
-from harness.engine.model.byte_tokenizer import ByteTokenizer
+from harness import models, schema
+from harness.engine.model import loading
 from harness.engine.model.families import adapt, check_supported, max_positions
 from harness.engine.model.step import Step
 from scripts.common import ROOT
+from sparse.cost import ModelShape
 
 _DOCUMENTS = (("xsum", "document"), ("squad", "context"), ("qmsum", "context"))
 _CHARACTERS_PER_TOKEN = 12
@@ -57,6 +57,8 @@ class Source:
         seed: of random weights.
         config: the library's configuration.
         tokenizer: of the model.
+        identity: what a calibration of it is made for.
+        shape: its sizes.
         positions: longest sequence.
         device, dtype: resolved.
     """
@@ -65,6 +67,8 @@ class Source:
     seed: int
     config: Any
     tokenizer: Any
+    identity: dict[str, str | None]
+    shape: ModelShape
     positions: int
     device: torch.device
     dtype: torch.dtype
@@ -73,12 +77,6 @@ class Source:
     def label(self) -> str:
         """Name for files and titles."""
         return str(self.model.name)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether some layer routes its tokens to experts."""
-        carved = isinstance(self.model, schema.CarvedModelConfig)
-        return carved or bool(getattr(self.config, "num_experts", 0))
 
 
 def add_options(parser: argparse.ArgumentParser, dtype: str) -> None:
@@ -107,16 +105,20 @@ def find(options: argparse.Namespace) -> Source:
     """
     model = model_settings(options)
     device = loading.resolve_device(options.device)
-    if isinstance(model, schema.ShapeModelConfig):
-        config, tokenizer = loading.shape_config(model.arch, model.layers), ByteTokenizer()
-    else:
-        if isinstance(model, schema.CarvedModelConfig):
-            carving.read_info(_carving_file(model))
-        checkpoint = _checkpoint(model)
-        config, tokenizer = loading.load_config(*checkpoint), loading.load_tokenizer(*checkpoint)
+    config = models.library_config(model)
     check_supported(config)
     dtype = loading.resolve_dtype(options.dtype, device)
-    return Source(model, options.seed, config, tokenizer, max_positions(config), device, dtype)
+    return Source(
+        model=model,
+        seed=options.seed,
+        config=config,
+        tokenizer=models.tokenizer(model),
+        identity=models.identity(model, options.seed),
+        shape=models.shape(model, config, dtype),
+        positions=max_positions(config),
+        device=device,
+        dtype=dtype,
+    )
 
 
 def load(source: Source) -> Step:
@@ -125,16 +127,8 @@ def load(source: Source) -> Step:
     Raises:
         ValueError: the weights cannot be read; one line.
     """
-    model = source.model
-    if isinstance(model, schema.ShapeModelConfig):
-        library = loading.random_model(source.config, source.dtype, source.device, source.seed)
-    elif isinstance(model, schema.CarvedModelConfig):
-        folder = _checkpoint(model)[0]
-        library = healing.load_carved(model.path, model.active, source.dtype, source.device, folder)
-    else:
-        path, revision = _checkpoint(model)
-        library = loading.load_model(path, source.dtype, source.device, revision)
-    return Step(adapt(library, packed=True, channels=source.has_experts))
+    library = models.library_model(source.model, source.config, source.dtype, source.device, source.seed)
+    return Step(adapt(library, packed=True, channels=bool(source.shape.moe_layers)))
 
 
 def model_settings(options: argparse.Namespace) -> schema.ModelConfig:
@@ -163,30 +157,6 @@ def model_settings(options: argparse.Namespace) -> schema.ModelConfig:
         raise ValueError(f"--layers={options.layers}: must be at least 1")
     arch = name.removeprefix("shape:")
     return schema.ShapeModelConfig(kind="shape", name=arch, arch=arch, layers=options.layers, **common)
-
-
-def identity(source: Source) -> dict[str, str | None]:
-    """What a calibration of the model is made for, as ``harness.build.identity`` says it of a run."""
-    model, carved = source.model, None
-    if isinstance(model, schema.ShapeModelConfig):
-        name = f"{model.arch}, {model.layers or 'all'} layers, random weights of seed {source.seed}"
-    elif isinstance(model, schema.CarvedModelConfig):
-        name, carved = model.kind, hashlib.sha256(_carving_file(model).read_bytes()).hexdigest()
-    else:
-        name = str(getattr(model, "path", None) or model.kind)
-    return {"model": name, "revision": getattr(model, "revision", None), "carving": carved}
-
-
-def _carving_file(model: schema.CarvedModelConfig) -> Path:
-    return carving.default_path() if model.path is None else Path(model.path).expanduser()
-
-
-def _checkpoint(model: schema.ModelConfig) -> tuple[str, str | None]:
-    """Path and revision of the checkpoint of a model that has one."""
-    if isinstance(model, schema.HfModelConfig):
-        assert model.path is not None
-        return model.path, model.revision
-    return str(loading.smollm2_folder()), None
 
 
 def read(files: Sequence[str] | None) -> Text:
@@ -269,7 +239,5 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _lead(tokenizer: Any) -> list[int]:
     """Tokens in front of any text, such as a BOS."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return []
     bare, default = _encode(tokenizer, "a"), list(tokenizer.encode("a"))
     return next((default[:at] for at in range(len(default)) if default[at : at + len(bare)] == bare), [])

@@ -58,7 +58,7 @@ def _ffn(name: str, *, budget: FfnBudget, no_op: FfnBudget) -> Method:
 
 
 def _moe(name: str, budget: MoeBudget, no_op: MoeBudget) -> Method:
-    return Method(f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.torch",), MOE_FAMILIES)
+    return Method(f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.",), MOE_FAMILIES)
 
 
 _BLOCKS = AttentionBudget(topk=4)
@@ -88,6 +88,11 @@ METHODS: tuple[Method, ...] = (
         )
         for mask in ("union", "root", "weighted", "token")
     ),
+    _ffn(
+        "top-k, dense first layer, steep weights",
+        budget=FfnBudget(rule="topk", keep=0.5, mask="weighted", survival=0.3, dense_layers=1),
+        no_op=FfnBudget(rule="topk", keep=0.5, dense_layers=LAYERS),
+    ),
     _ffn("threshold", budget=FfnBudget(rule="threshold", tau=0.5), no_op=FfnBudget(rule="threshold")),
     _ffn(
         "quantile",
@@ -95,8 +100,15 @@ METHODS: tuple[Method, ...] = (
         no_op=FfnBudget(rule="quantile", thresholds=(0.0,) * LAYERS),
     ),
     _moe("union, substitute", MoeBudget(union=2), MoeBudget(union=8)),
-    _moe("union, drop", MoeBudget(union=2, outside="drop"), MoeBudget(union=8, outside="drop")),
+    _moe("union, drop", MoeBudget(union=2, outside="drop", survival=0.3), MoeBudget(union=8, outside="drop")),
     _moe("smaller k", MoeBudget(rule="topk", k=1), MoeBudget(rule="topk", k=3)),
+    Method(
+        "one expert less",
+        Sparsity(moe=MoeBudget(rule="topk", k=2)),
+        Sparsity(moe=MoeBudget(rule="topk", k=3)),
+        ("moe.",),
+        ("qwen3_moe", "olmoe"),
+    ),
     _moe("top-p", MoeBudget(rule="topp", p=0.3), MoeBudget(rule="topp", p=1.0)),
     _moe("weight floor", MoeBudget(rule="floor", weight_floor=0.6), MoeBudget(rule="floor")),
     _moe(
@@ -150,7 +162,7 @@ METHODS: tuple[Method, ...] = (
         "hybrid with experts",
         Sparsity(_BLOCKS, _TOPK, MoeBudget(union=2), ReuseBudget(anchors=(0, 2))),
         Sparsity(AttentionBudget(topk=_EVERYTHING), FfnBudget(rule="topk", keep=0.9999), MoeBudget(union=8)),
-        ("block_attention.torch", "sparse_ffn.", "moe.torch", "reuse.anchor"),
+        ("block_attention.torch", "sparse_ffn.", "moe.", "reuse.anchor"),
         MOE_FAMILIES,
     ),
 )

@@ -83,7 +83,7 @@ def setting_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A short name for each run's setting: the budget of each axis that is on, then what else tells it from its peers.
 
     Peers have the same task, data and model. A key counts where a peer has it with another value; keys of a sparsity
-    group only where the peer made the same choice there.
+    group only where the peer made the same choice there, and not at the value that most of these have.
     """
     flat = [flatten({key: value for key, value in config.items() if key not in _NOT_SETTING}) for config in configs]
     places = [(task_label(config), data_label(config), name_of(config, "model")) for config in configs]
@@ -102,6 +102,8 @@ def _varies(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]
     kinds = (f"{group}.name", f"{group}.{_KINDS[group]}") if group in _KINDS else (f"{group}.name",)
     if group in GROUPS.values():
         peers = [peer for peer in peers if all(peer.get(kind) == own.get(kind) for kind in kinds)]
+        if 2 * sum(peer.get(key) == own[key] for peer in peers) > len(peers):
+            return False
     return any(key in peer and peer[key] != own[key] for peer in peers)
 
 

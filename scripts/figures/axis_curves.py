@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ ACROSS: dict[str, tuple[str, Callable[[Row], float | None]]] = {
 """Column -> what its x axis says, and where a run stands on it."""
 
 UP: dict[str, Callable[[Row], Estimate]] = {
-    "agreement with dense, %": lambda row: _scaled(row.agreement, 100.0),
+    "agreement with\ndense, %": lambda row: _scaled(row.agreement, 100.0),
     "KL to dense,\nnats per token": lambda row: Estimate(row.kl),
     "acceptance length": lambda row: Estimate(row.acceptance),
     "step time,\nsparse / dense": lambda row: Estimate(row.time_ratio),
@@ -115,10 +115,15 @@ def _variant(line: Sequence[Row]) -> str:
     settings = list(dict.fromkeys(row.setting for row in line if len(row.axes) == most))
     if len(settings) == 1:
         return settings[0]
-    head = re.sub(r"[\d.]+$", "", os.path.commonprefix(settings))
-    tails = [setting[len(head) :] for setting in settings]
-    tail = re.sub(r"^[\d.]+", "", os.path.commonprefix([text[::-1] for text in tails])[::-1])
-    return f"{head}\u2026{tail}"
+    head = re.sub(r"[\d.,]+$", "", _shared_start(settings))
+    tails = [setting[len(head) :][::-1] for setting in settings]
+    return f"{head}\u2026{re.sub(r'^[0-9.,]+', '', _shared_start(tails)[::-1])}"
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    """The longest text that all of them begin with."""
+    equal = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in equal)
 
 
 @styled
@@ -137,6 +142,7 @@ def axes(rows: Sequence[Row]) -> Figure | None:
     up = [name for name in UP if any(UP[name](row).value is not None for curve in found for row in curve.rows)]
     size = (max(2.9 * len(across) + 1.0, 6.0), 1.9 * len(up) + 1.6)
     options: Any = {"squeeze": False, "sharex": "col", "sharey": "row", "layout": "constrained"}
+    figure: Figure
     figure, grid = plt.subplots(len(up), len(across), figsize=size, **options)
     places = list(dict.fromkeys(curve.place for curve in found))
     for index, column in enumerate(across):
@@ -187,6 +193,8 @@ def _draw(axis: Axes, curve: Curve, name: str, colour: str, marker: str) -> None
 
 def _x_axis(axis: Axes, column: str, own: Sequence[Curve]) -> None:
     """Its label; a logarithmic scale with plain numbers where budgets span a wide range."""
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_xlabel(ACROSS[column][0])
     places = [place for curve in own for place in curve.across]
     low, high = min(places), max(places)
@@ -198,7 +206,7 @@ def _x_axis(axis: Axes, column: str, own: Sequence[Curve]) -> None:
         axis.minorticks_off()
     else:
         axis.margins(x=0.08)
-        axis.xaxis.get_major_locator().set_params(nbins=5)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5))
 
 
 def _y_axis(panels: Sequence[Axes], name: str, found: Sequence[Curve]) -> None:
@@ -236,8 +244,9 @@ def _legend(figure: Figure, places: Sequence[str], simulated: bool) -> None:
     handles.append(Line2D([], [], color=GREY, linestyle=":", label="limit by bytes read"))
     handles.append(Line2D([], [], color=GREY, linestyle="--", label="dense verification"))
     if simulated:
-        hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
-        handles.append(Line2D([], [], color=GREY, label="hollow: simulated", **hollow))
+        hollow = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none")
+        hollow.set_label("hollow: simulated")
+        handles.append(hollow)
     figure.legend(handles=handles, loc="outside lower center", ncols=1 if len(places) > 3 else 2)
 
 

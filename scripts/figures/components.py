@@ -56,8 +56,9 @@ def components(rows: Sequence[Row]) -> Figure | None:
     from matplotlib.patches import Patch
 
     heights = [len(members) for members in grouped.values()]
-    size = (9.6, 0.52 * sum(heights) + 1.15 * len(heights) + 0.8)
+    size = (9.6, 0.38 * sum(heights) + 1.15 * len(heights) + 0.8)
     options: Any = {"squeeze": False, "height_ratios": [height + 0.6 for height in heights], "layout": "constrained"}
+    figure: Figure
     figure, grid = plt.subplots(len(grouped), 1, figsize=size, **options)
     for axis, ((task, data, model, device), members) in zip(grid[:, 0], grouped.items(), strict=True):
         _bars(axis, members)
@@ -83,7 +84,7 @@ def _bars(axis: Axes, members: Sequence[Row]) -> None:
             axis.annotate(
                 text, (left, index + offset), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
             )
-    axis.set_yticks(range(len(members)), [textwrap.fill(row.setting, 34) for row in members])
+    axis.set_yticks(range(len(members)), [textwrap.fill(row.setting, 48) for row in members], fontsize=9)
     axis.set_ylim(len(members) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.14)

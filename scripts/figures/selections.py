@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.evidence.labels import natural
 from harness.evidence.rows import Row
 from scripts.figures.style import COLOURS, GREY, by_place, longest_contexts, notes, run_title, styled
 
@@ -39,6 +40,7 @@ def overlap(rows: Sequence[Row]) -> Figure | None:
 
     deep = len(shown)
     options: Any = {"squeeze": False, "sharey": True, "width_ratios": (2.2, 1), "layout": "constrained"}
+    figure: Figure
     figure, grid = plt.subplots(deep, 2, figsize=(9.6, 3.6 * deep + 0.6), **options)
     for (left, right), row in zip(grid, shown, strict=True):
         _overlap_panel(left, right, row)
@@ -50,15 +52,16 @@ def overlap(rows: Sequence[Row]) -> Figure | None:
 
 def _overlap_panel(left: Axes, right: Axes, row: Row) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     data = array(row.trace("overlap"))
     layers, distances = data.shape
     colours = colormaps["viridis"](np.linspace(0, 0.85, distances))
+    counted: list[bool] = [bool(np.isfinite(data[:, step]).any()) for step in range(distances)]
     for step in range(distances):
-        if np.isfinite(data[:, step]).any():
+        if counted[step]:
             label = f"{step + 1} token{'s' if step else ''} apart"
             left.plot(range(layers), data[:, step], color=colours[step], marker="o", markersize=3, label=label)
-    counted = np.isfinite(data).any(axis=0)
     means = [float(np.nanmean(data[:, step])) for step in range(distances) if counted[step]]
     steps = [step + 1 for step in range(distances) if counted[step]]
     right.plot(steps, means, color=GREY, linewidth=1.2, zorder=2)
@@ -66,12 +69,12 @@ def _overlap_panel(left: Axes, right: Axes, row: Row) -> None:
     for axis in (left, right):
         axis.axhline(QUOTED_OVERLAP, color=COLOURS[1], linestyle="--", linewidth=1, label="0.8, as the paper reports")
         if (read := row.density("attention")) is not None:
-            axis.axhline(read, color=GREY, linestyle=":", linewidth=1.2, label="density: overlap by chance")
+            axis.axhline(read, color=GREY, linestyle=":", linewidth=1.2, label="attention density (overlap by chance)")
         axis.set_ylim(0, 1.02)
     left.set_title(run_title(row), loc="left")
     left.set_xlabel("layer")
     left.set_xlim(-0.5, layers - 0.5)
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_ylabel("share of blocks selected by both")
     right.set_title("mean over layers", loc="left")
     right.set_xlabel("distance in draft tokens")
@@ -91,6 +94,7 @@ def similarity(rows: Sequence[Row]) -> Figure | None:
 
     wide = len(shown)
     options: Any = {"squeeze": False, "layout": "constrained"}
+    figure: Figure
     figure, grid = plt.subplots(1, wide, figsize=(4.9 * wide + 0.9, 5.3), **options)
     for axis, row in zip(grid[0], shown, strict=True):
         image = _heat(axis, array(row.trace("similarity")), 0.0, 1.0)
@@ -111,6 +115,7 @@ def recall(rows: Sequence[Row]) -> Figure | None:
     no run was observed.
     """
     observed = [row for row in rows if row.trace("recall") is not None and row.trace("oracle_recall") is not None]
+    observed.sort(key=lambda row: (round(row.density("attention") or 0.0, 3), natural(row.setting)))
     grouped = by_place(observed)
     if not grouped:
         return None
@@ -119,6 +124,7 @@ def recall(rows: Sequence[Row]) -> Figure | None:
     heights = [len(members) for members in grouped.values()]
     size = (12.0, 0.3 * sum(heights) + 1.25 * len(heights) + 0.4)
     options: Any = {"squeeze": False, "height_ratios": [height + 1.0 for height in heights], "layout": "constrained"}
+    figure: Figure
     figure, grid = plt.subplots(len(grouped), 2, figsize=size, **options)
     blocks = [array([row.trace(name) for row in observed if row.counted]) for name in ("recall", "oracle_recall")]
     least = min(float(np.nanmin(block)) for block in blocks)
@@ -141,6 +147,7 @@ def recall(rows: Sequence[Row]) -> Figure | None:
 def _heat(axis: Axes, data: NDArray[np.float64], low: float, high: float) -> Any:
     """A heat map with whole-numbered layers; what was not observed is grey."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     image = axis.imshow(
         np.ma.masked_invalid(data),
@@ -153,7 +160,7 @@ def _heat(axis: Axes, data: NDArray[np.float64], low: float, high: float) -> Any
     axis.grid(visible=False)
     for side in ("top", "right", "bottom", "left"):
         axis.spines[side].set_visible(False)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return image
 
 

@@ -8,7 +8,7 @@ from functools import wraps
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from harness.evidence.labels import SIMULATED, identity
+from harness.evidence.labels import identity
 from harness.evidence.rows import Estimate, Row
 from scripts.cells import CARVED, SIMULATED_NOTE
 
@@ -21,6 +21,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
 COLUMNS = 3
+NOTE_SIZE = 8.5
+NOTE_LINE = 0.15
+"""Height of a line of notes in inches."""
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -33,7 +36,6 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "pdf.fonttype": 42,
-    "savefig.bbox": "tight",
 }
 Place = tuple[str, str, str, str]
 
@@ -136,32 +138,38 @@ def run_title(row: Row) -> str:
 def longest_contexts(rows: Sequence[Row], block: str, most: int = COLUMNS) -> list[Row]:
     """The run of each model and task that shows `block` best, those of the longest prompts first.
 
-    A run of the present sources before a stale one, then the longest prompts, then attention alone before a hybrid,
-    then the densest attention.
+    A run of the present sources before a stale one, then the longest prompts, then attention alone before a hybrid; of
+    the runs that are equal in all this, the one of middle density.
     """
-    best: dict[tuple[str, str], Row] = {}
-    usable = [row for row in rows if row.counted and row.trace(block) is not None]
-    ranked = sorted(usable, key=_rank)
-    for row in ranked:
-        best.setdefault((row.model, row.task_name), row)
-    return list(best.values())[:most]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.counted and row.trace(block) is not None:
+            groups.setdefault((row.model, row.task_name), []).append(row)
+    found = []
+    for members in groups.values():
+        best = min(_rank(row) for row in members)
+        equal = [row for row in members if _rank(row) == best]
+        equal.sort(key=lambda row: (row.density("attention") or 0.0, row.fingerprint))
+        found.append(equal[(len(equal) - 1) // 2])
+    return sorted(found, key=_rank)[:most]
 
 
-def _rank(row: Row) -> tuple[Any, ...]:
-    return (
-        row.stale,
-        -(row.prompt_tokens or 0),
-        row.simulated,
-        len(row.axes),
-        -(row.density("attention") or 0),
-        row.fingerprint,
-    )
+def _rank(row: Row) -> tuple[bool, float, bool, int]:
+    return row.stale, -(row.prompt_tokens or 0.0), row.simulated, len(row.axes)
 
 
 def notes(figure: Figure, rows: Sequence[Row]) -> None:
-    """Below the figure: what carved and simulated runs among `rows` do not say."""
+    """Below the panels: what carved and simulated runs among `rows` do not say; the figure grows by these lines."""
     told = [CARVED] if any(row.carved for row in rows) else []
-    told += [SIMULATED_NOTE] if any(SIMULATED in row.marks for row in rows) else []
+    told += [SIMULATED_NOTE] if any(row.simulated for row in rows) else []
     lines = [line for note in told for line in textwrap.wrap(note, int(13 * figure.get_figwidth()))]
-    if lines:
-        figure.text(0.02, -0.01, "\n".join(lines), va="top", ha="left", fontsize=8.5, color="#333333")
+    if not lines:
+        return
+    from matplotlib.font_manager import FontProperties
+
+    figure.set_figheight(figure.get_figheight() + NOTE_LINE * len(lines))
+    if figure.legends:
+        figure.legends[0].set_title("\n".join(lines), prop=FontProperties(size=NOTE_SIZE))
+        figure.legends[0].set_alignment("left")
+    else:
+        figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, x=0.02, ha="left")

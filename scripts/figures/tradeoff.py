@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from harness.evidence.labels import natural
+from harness.evidence.labels import SIMULATED, natural
 from harness.evidence.rows import Estimate, Row
 from scripts.figures.style import (
     Place,
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_SETTINGS = 16
+LEGEND_LINE = 0.22
+
+
 def panels(rows: Sequence[Row]) -> dict[Place, list[Row]]:
     """Rows that may be compared, by place; only those with a sparse and a dense arm."""
     return by_place([row for row in rows if row.sparse_vs_dense.value is not None])
@@ -46,19 +50,20 @@ def tradeoff(rows: Sequence[Row]) -> Figure | None:
         return None
     styles = _styles([row for members in grouped.values() for row in members])
     figure, axes = canvas(len(grouped), height=3.5)
+    one_place = len({key[2:] for key in grouped}) == 1
     for axis, (key, members) in zip(axes, grouped.items(), strict=False):
         _dense_lines(axis, members)
         for row in members:
-            colour, marker = styles[row.setting]
+            colour, marker = styles[_style_name(row, styles)]
             _point(axis, row.delta, row.sparse_vs_ar, colour, marker, hollow=row.stale)
-        axis.set_title(_title(key, members), loc="left")
+        axis.set_title(_title(key, members, one_place), loc="left")
         axis.set_xlabel(quality_label(members))
         axis.margins(x=0.12, y=0.18)
         _at_least_a_point(axis)
     _share_speed_scale(axes)
     for axis in axes[:: columns(len(axes))]:
         axis.set_ylabel("decoding speed-up over AR")
-    _legend(figure, styles, grouped)
+    _legend(figure, styles, [row for members in grouped.values() for row in members], grouped)
     notes(figure, [row for members in grouped.values() for row in members])
     return figure
 
@@ -74,7 +79,8 @@ def kept_tokens(rows: Sequence[Row]) -> Figure | None:
         return None
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.6), sharex=True, layout="constrained")
+    size = (6.4, 6.1 + 0.55 * len(sweeps))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for index, (label, members) in enumerate(sweeps.items()):
         _curve(top, bottom, label, members, index)
     top.axhline(1.0, color="#555555", linewidth=1, linestyle="--")
@@ -119,9 +125,23 @@ def _curve(top: Axes, bottom: Axes, label: str, members: Sequence[Row], index: i
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each setting, the same in every panel, in order of kept tokens."""
+    """Colour and marker of each setting, the same in every panel, in order of kept tokens.
+
+    Where there are more settings than a legend can tell apart, of each combination of axes.
+    """
     ordered = sorted(rows, key=lambda row: (row.kept_tokens or 0, natural(row.setting)))
-    return {name: mark(index) for index, name in enumerate(dict.fromkeys(row.setting for row in ordered))}
+    names = list(dict.fromkeys(row.setting for row in ordered))
+    if len(names) > MOST_SETTINGS:
+        names = sorted({_axes_name(row) for row in ordered}, key=lambda name: (name.count("+"), name))
+    return {name: mark(index) for index, name in enumerate(names)}
+
+
+def _style_name(row: Row, styles: Mapping[str, tuple[str, str]]) -> str:
+    return row.setting if row.setting in styles else _axes_name(row)
+
+
+def _axes_name(row: Row) -> str:
+    return " + ".join(row.axes) + (f" ({SIMULATED})" if row.simulated else "")
 
 
 def _dense_lines(axis: Axes, members: Sequence[Row]) -> None:
@@ -172,9 +192,10 @@ def _point(axis: Axes, across: Estimate, up: Estimate, colour: str, marker: str,
     )
 
 
-def _title(key: Place, members: Sequence[Row]) -> str:
-    task, data, *_ = key
-    return f"{task}\n{data}, n={min(row.examples for row in members)}"
+def _title(key: Place, members: Sequence[Row], one_place: bool) -> str:
+    task, data, model, _ = key
+    where = "" if one_place else f"{model}\n"
+    return f"{task}\n{where}{data}, n={min(row.examples for row in members)}"
 
 
 def _at_least_a_point(axis: Axes) -> None:
@@ -190,28 +211,23 @@ def _share_speed_scale(axes: Sequence[Axes]) -> None:
         axis.set_ylim(low, high)
 
 
-def _legend(figure: Figure, styles: dict[str, tuple[str, str]], grouped: dict[Place, list[Row]]) -> None:
+def _legend(
+    figure: Figure, styles: Mapping[str, tuple[str, str]], rows: Sequence[Row], places: Iterable[Place]
+) -> None:
+    """The settings below the panels, which keep their size; models and machines above."""
     from matplotlib.lines import Line2D
 
-    kept = {row.setting: row.kept_tokens for members in grouped.values() for row in members}
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            marker=marker,
-            linestyle="none",
-            label=f"{name} ({kept[name]} tokens)" if kept[name] else name,
-        )
-        for name, (colour, marker) in styles.items()
-    ]
+    kept = {_style_name(row, styles): row.kept_tokens for row in rows if row.setting in styles}
+    handles = []
+    for name, (colour, marker) in styles.items():
+        label = f"{name} ({kept[name]} tokens)" if kept.get(name) else name
+        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=label))
     handles.append(Line2D([], [], color="#333333", marker="*", linestyle="--", label="dense verification"))
-    if any(row.stale for members in grouped.values() for row in members):
-        handles.append(
-            Line2D(
-                [], [], color="#333333", marker="o", markerfacecolor="white", linestyle="none", label="hollow: stale"
-            )
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(figure, handles))
-    places = dict.fromkeys(f"{model} on {device}" for _, _, model, device in grouped)
-    figure.suptitle("\n".join(places), fontsize=11)
+    if any(row.stale for row in rows):
+        hollow = Line2D([], [], color="#333333", marker="o", markerfacecolor="white", linestyle="none")
+        hollow.set_label("hollow: stale")
+        handles.append(hollow)
+    wide = legend_columns(figure, handles)
+    figure.set_figheight(figure.get_figheight() + max(0, -(-len(handles) // wide) - 2) * LEGEND_LINE)
+    figure.legend(handles=handles, loc="outside lower center", ncols=wide)
+    figure.suptitle("\n".join(dict.fromkeys(f"{model} on {device}" for _, _, model, device in places)), fontsize=11)

@@ -1,5 +1,6 @@
 """The fast mixture-of-experts layer against the naive one, and that what no token runs is not touched."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional
 from sparse.ops.moe import eager
 from sparse.ops.moe.naive import Matrices
 from sparse.ops.moe.naive import moe as naive_moe
+from sparse.ops.sparse_ffn import eager as sparse_ffn
 from sparse.ops.weights import FfnWeights, LinearMap, MoeWeights
 
 HIDDEN, WIDTH, EXPERTS = 37, 11, 7
@@ -19,10 +21,11 @@ def _linear(weight: Tensor) -> LinearMap:
     return lambda rows: functional.linear(rows, weight)
 
 
-def _network(parts: list[Matrices], dtype: torch.dtype) -> FfnWeights:
+def _network(parts: list[Matrices], dtype: torch.dtype, by_channel: bool = False) -> FfnWeights:
     gate, up = (torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("gate", "up"))
     down = torch.cat([part.down for part in parts], 1).to(dtype)
-    return FfnWeights(width=gate.shape[0], gate_up=_linear(torch.cat((gate, up))), down=_linear(down))
+    made = FfnWeights(width=gate.shape[0], gate_up=_linear(torch.cat((gate, up))), down=_linear(down))
+    return replace(made, gate=_linear(gate), channels=torch.cat((up, down.T), 1).contiguous()) if by_channel else made
 
 
 def _matrices(width: int) -> Matrices:
@@ -45,7 +48,7 @@ def _layer(
     }
     if not fused:
         return MoeWeights(**values), parts, extra
-    together = _network([*used, *([] if extra is None else [extra])], dtype)
+    together = _network([*used, *([] if extra is None else [extra])], dtype, by_channel=True)
     return eager.FusedMoeWeights(**values, fused=together), parts, extra
 
 
@@ -88,22 +91,31 @@ def test_tokens_may_run_any_number_of_experts(tokens: int) -> None:
     assert _distance(eager.moe(rows, nothing, weights), naive_moe(rows, nothing, parts, extra)) < 1e-6
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("tokens", [1, 6, 50])
-def test_experts_side_by_side_give_the_same(tokens: int, shared: bool) -> None:
-    """Many experts run as one network, few of them one by one, and then the others are not touched."""
+def test_experts_side_by_side_give_the_same(
+    tokens: int, shared: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All experts run as one network; of some, a step reads the channels alone where there is a kernel for that."""
+    if not kernel:
+        monkeypatch.setattr(sparse_ffn, "path", lambda _: sparse_ffn.TORCH_PATH)
+    elif sparse_ffn.path(_layer(shared, fused=True)[0].fused) != sparse_ffn.NATIVE_PATH:  # type: ignore[attr-defined]
+        pytest.skip("no kernel on this machine")
     torch.manual_seed(1)
     weights, parts, extra = _layer(shared, fused=True)
     rows = torch.randn(tokens, HIDDEN)
-    for experts in (list(range(EXPERTS)), [1, 2, 4, 6], [2, 5]):
+    chosen = kernel and tokens <= eager._FEW_ROWS
+    own = "all_rows" if tokens <= eager._FEW_ROWS else "by_expert"
+    for experts, form in ((list(range(EXPERTS)), "fused"), ([1, 2, 4, 6], "simulated"), ([2, 5], own)):
         combine = _routing(tokens, experts, per_token=len(experts))
-        assert eager.reads_all(weights, len(experts)) == (len(experts) > 2)
+        expected = "channels" if chosen and len(experts) < EXPERTS else form
+        assert eager.path(weights, len(experts), tokens) == f"moe.{expected}"
         assert _distance(eager.moe(rows, combine, weights), naive_moe(rows, combine, parts, extra)) < 1e-6
     poisoned, parts, extra = _layer(shared, fused=True, poisoned=(0, 3, 6))
     combine = _routing(tokens, [1, 2], per_token=2)
-    assert not eager.reads_all(poisoned, 2)
     assert _distance(eager.moe(rows, combine, poisoned), naive_moe(rows, combine, parts, extra)) < 1e-6
-    assert not eager.reads_all(_layer(shared)[0], EXPERTS)
+    assert eager.path(_layer(shared)[0], EXPERTS, tokens) == f"moe.{own}"
 
 
 @pytest.mark.parametrize("fused", [False, True])

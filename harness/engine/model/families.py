@@ -178,7 +178,7 @@ def _carved_moe(module: Any, layout: Layout) -> MoeWeights:
         top_k=int(module.top_k),
         normalise=False,
         unit=True,
-        fused=subset(torch.cat((module.experts.flatten(), module.shared)), replace(layout, channels=False)),
+        fused=subset(torch.cat((module.experts.flatten(), module.shared)), replace(layout, channels=True)),
     )
 
 

@@ -99,16 +99,21 @@ def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Te
     if budget.is_dense:
         trace.experts_wanted[layer] += union
     trace.experts_loaded[layer] += union
-    trace.paths[moe_op.DENSE_PATH if budget.is_dense else moe_op.PATH] += 1
+    width, count = weights.experts[0].width, rows.shape[0]
+    sparse_path = f"{moe_op.PATH}.by_expert" if run.sparsity.ffn.applies(layer) else moe_op.path(weights, union, count)
+    trace.paths[moe_op.DENSE_PATH if budget.is_dense else sparse_path] += 1
     if run.sparsity.ffn.applies(layer):
-        return moe_op.moe(
-            rows, combine, weights, lambda number, own: _ffn(run, layer, weights.experts[number], own, None)
-        )
-    width = weights.experts[0].width
-    trace.ffn(layer, width=union * width, gates=union * width, channels=union * width, rows=0)
-    trace.gate_products += pairs * width
-    trace.channel_products += pairs * width
-    if weights.shared is not None:
-        shared = weights.shared.width
-        trace.ffn(layer, width=shared, gates=shared, channels=shared, rows=rows.shape[0])
+        if weights.shared is not None:
+            shared = weights.shared.width
+            trace.ffn(layer, width=shared, gates=shared, channels=shared, rows=count)
+
+        def expert(number: int, own: Tensor) -> Tensor:
+            return _ffn(run, layer, weights.experts[number], own, None)
+
+        return moe_op.moe(rows, combine, weights, expert)
+    needed = union * width + (0 if weights.shared is None else weights.shared.width)
+    products = pairs * width + (0 if weights.shared is None else count * weights.shared.width)
+    trace.ffn(layer, width=needed, gates=needed, channels=needed, rows=0)
+    trace.gate_products += products
+    trace.channel_products += products
     return moe_op.moe(rows, combine, weights)

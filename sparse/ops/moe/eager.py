@@ -2,6 +2,7 @@
 
 A step of few tokens is bound by reading weights, so each expert of the union runs once, on all tokens, and the
 element-wise part and the sums run once for all experts; a zero weight takes out the tokens that did not ask for it.
+are cheaper as one network, of which a kernel reads the channels of the union.
 Prefill is bound by arithmetic: there the token-expert pairs are sorted by expert, and each expert runs on its own.
 """
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse.ops.sparse_ffn import eager as sparse_ffn
 from sparse.ops.weights import FfnWeights, MoeWeights
 
-PATH = "moe.torch"
+PATH = "moe"
 DENSE_PATH = "dense_moe.torch"
 _FEW_ROWS = 16
 """Most tokens for which an expert runs on all of them."""
@@ -36,10 +38,26 @@ class FusedMoeWeights(MoeWeights):
     fused: FfnWeights
 
 
-def reads_all(weights: MoeWeights, union: int) -> bool:
-    """Whether :func:`moe` computes all experts in one product, because ``union`` of them are wanted: the weights of
-    the others are read too, then, and come out with weight zero."""
-    return isinstance(weights, FusedMoeWeights) and union > _FUSED_SHARE * len(weights.experts)
+def path(weights: MoeWeights, union: int, rows: int) -> str:
+    """Counter of a sparse call without a callback: how it runs ``union`` experts for ``rows`` tokens.
+
+    ``simulated`` where the weights of the experts outside the union are read all the same.
+    """
+    form = _form(weights, union, rows)
+    return f"{PATH}.simulated" if form == "fused" and union < len(weights.experts) else f"{PATH}.{form}"
+
+
+def _form(weights: MoeWeights, union: int, rows: int) -> str:
+    """How a call without a callback runs: one product over all experts (``fused``), the gates of all and the channels
+    of the union (``channels``), or each expert of the union on ``all_rows`` or on its own (``by_expert``)."""
+    few = rows <= _FEW_ROWS
+    if isinstance(weights, FusedMoeWeights):
+        native = sparse_ffn.path(weights.fused) == sparse_ffn.NATIVE_PATH
+        if few and native and weights.fused.gate is not None and 0 < union < len(weights.experts):
+            return "channels"
+        if union > _FUSED_SHARE * len(weights.experts):
+            return "fused"
+    return "all_rows" if few else "by_expert"
 
 
 def moe(
@@ -50,7 +68,7 @@ def moe(
 ) -> Tensor:
     """Weighted sum of the experts of each token, and the shared expert with weight 1 (METHOD section 4).
 
-    An expert that no token runs is not touched, unless :func:`reads_all`. Weights are applied before the down
+    An expert that no token runs is not touched, unless :func:`path` says simulated. Weights are applied before the down
     projection where that saves work, so experts must not have a bias there.
 
     Args:
@@ -64,11 +82,14 @@ def moe(
         [tokens, hidden] in the dtype of ``rows``.
     """
     used = (combine != 0).any(0).nonzero().view(-1)
-    if expert is None and isinstance(weights, FusedMoeWeights) and reads_all(weights, used.numel()):
+    form = _form(weights, used.numel(), rows.shape[0]) if expert is None else "by_expert"
+    if isinstance(weights, FusedMoeWeights) and form == "fused":
         return _fused(rows, combine, weights)
+    if isinstance(weights, FusedMoeWeights) and form == "channels":
+        return _channels(rows, combine, weights, used)
     if used.numel() == 0:
         output = torch.zeros_like(rows)
-    elif expert is None and rows.shape[0] <= _FEW_ROWS:
+    elif form == "all_rows":
         output = _on_all_rows(rows, combine, weights, used)
     else:
         output = _by_expert(rows, combine, weights, expert)
@@ -91,6 +112,16 @@ def _fused(rows: Tensor, combine: Tensor, weights: FusedMoeWeights) -> Tensor:
     experts, width = len(weights.experts), weights.experts[0].width
     activations[:, : experts * width].view(-1, experts, width).mul_(combine[:, :, None])
     return weights.fused.down(activations)
+
+
+def _channels(rows: Tensor, combine: Tensor, weights: FusedMoeWeights, used: Tensor) -> Tensor:
+    """The gates of all experts in one product, then the channels of the used and the shared ones alone."""
+    activations = sparse_ffn.activations(rows, weights.fused)
+    experts, width = len(weights.experts), weights.experts[0].width
+    activations[:, : experts * width].view(-1, experts, width).mul_(combine[:, :, None])
+    places = torch.arange(weights.fused.width, device=rows.device)
+    routed = places[: experts * width].view(experts, width).index_select(0, used).view(-1)
+    return sparse_ffn.sparse_ffn(rows, activations, weights.fused, torch.cat((routed, places[experts * width :])))
 
 
 def _on_all_rows(rows: Tensor, combine: Tensor, weights: MoeWeights, used: Tensor) -> Tensor:
