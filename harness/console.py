@@ -42,7 +42,7 @@ def show(summary: Mapping[str, Any]) -> None:
     title = f"{summary['task']} - {summary['model']} - {summary['device']} - {summary['examples']} examples"
     table = Table(title=f"{title} - {summary['status']}", title_justify="left")
     names = list(summary["metrics"])
-    for column in ("arm", "tokens/s", "acceptance length", "step ms", "density", "of limit", *names):
+    for column in ("arm", "tokens/s", "acceptance length", "step ms", "read: attention", "ffn", "experts", "of limit", *names):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, values in summary["arms"].items():
         table.add_row(arm, *_cells(values), *(_number(values["quality"].get(name), 1) for name in names))
@@ -53,6 +53,13 @@ def show(summary: Mapping[str, Any]) -> None:
             low_high = compared.get("ci95")
             interval = f" [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
             console.print(f"{name.replace('_', ' ')}: {compared['speedup']:.2f}x{interval}", highlight=False)
+    fidelity = (summary["compare"] or {}).get("fidelity") or {}
+    if fidelity.get("agreement") is not None:
+        console.print(
+            f"fidelity on the dense trajectory: agreement {fidelity['agreement']:.3f}, KL {fidelity['kl']:.4f} nats, "
+            f"{fidelity['accept_flips']:.1%} of the steps accept another length ({fidelity['tokens']:.0f} tokens)",
+            highlight=False,
+        )
     for line in filter(None, [summary["reason"], *summary["notes"]]):
         console.print(str(line), highlight=False, markup=False)
 
@@ -62,7 +69,7 @@ def _cells(values: Mapping[str, Any]) -> list[str]:
         _number(values["tokens_per_second"], 1),
         _number((values["acceptance_length"] or {}).get("pooled"), 2),
         _number((values["step_ms"] or {}).get("p50"), 1),
-        _number((values["density"] or {}).get("attention"), 2),
+        *(_number((values["density"] or {}).get(axis), 2) for axis in ("attention", "ffn", "experts")),
         _number(values["roofline_fraction"], 2),
     ]
 

@@ -112,12 +112,10 @@ def identity(model: schema.ModelConfig, seed: int) -> dict[str, str | None]:
         name = str(model.path)
     else:
         name = model.kind
-    carved = isinstance(model, schema.CarvedModelConfig)
-    return {
-        "model": name,
-        "revision": getattr(model, "revision", None),
-        "carving": file_sha256("model.path", carving_file(model)) if carved else None,  # type: ignore[arg-type]
-    }
+    carved = None
+    if isinstance(model, schema.CarvedModelConfig):
+        name, carved = f"{name}, {model.active} experts a token", file_sha256("model.path", carving_file(model))
+    return {"model": name, "revision": getattr(model, "revision", None), "carving": carved}
 
 
 def file_sha256(key: str, file: Path) -> str:

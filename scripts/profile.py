@@ -200,8 +200,8 @@ def blocks(ablation: Ablation, shape: ModelShape, advance: Advance) -> dict[str,
         kl[decile] = ablation.kl(WithoutBlocks(dict(enumerate(kept))))
         weight[decile] = ranked[..., first:last].sum(-1).mean()
         advance()
-    bins = torch.arange(count) * POSITIONS // count
-    placed = torch.zeros(*mass.shape[:2], POSITIONS, dtype=mass.dtype).index_add(2, bins, mass / total)
+    along = (mass / total).cumsum(-1)
+    placed = torch.stack([_at(along, edge / POSITIONS) for edge in range(POSITIONS + 1)], dim=-1).diff(dim=-1)
     needed = [(cumulative < held).sum(-1).add(1).clamp(max=count) / count for held in HELD]
     return {
         "on_blocks": total.mean((1, 2)),
@@ -335,14 +335,13 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             f"--contexts={options.contexts}: the model has {source.positions} positions "
             f"(valid: up to {source.positions - options.rows})"
         )
-    folder = options.out or Path("results") / "profile" / source.label
-    folder.mkdir(parents=True, exist_ok=True)
-    step = texts.load(source)
-    shape = step.weights.shape
-    width = shape.expert_ffn if shape.moe_layers else shape.ffn
+    shape = source.shape
+    width = min(shape.ffn, shape.expert_ffn) if shape.moe_layers else shape.ffn
     if options.groups > width:
         raise ValueError(f"--groups={options.groups}: the layers have {width} channels (valid: up to that)")
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    folder = options.out or Path("results") / "profile" / source.label
+    folder.mkdir(parents=True, exist_ok=True)
+    step, found = texts.load(source), dict[str, dict[str, dict[str, Any]]]()
     total = len(contexts) * options.windows * steps_of(shape, options.groups)
     with console.progress("profile", total, 0) as advance:
         for context in contexts:

@@ -17,6 +17,7 @@ from scripts.figures.style import STYLE, mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Profile = Mapping[str, Any]
@@ -49,6 +50,8 @@ def heads(profile: Profile) -> Figure:
 
 def blocks(profile: Profile) -> Figure:
     """Attention mass by rank, by layer and by position of a block, and KL divergence without each decile."""
+    from matplotlib.ticker import LogLocator
+
     contexts = _part(profile, "blocks")
     axes_of = profile["axes"]
     figure, (ranked, layered, placed, ablated) = _panels(4)
@@ -70,8 +73,12 @@ def blocks(profile: Profile) -> Figure:
     ranked.minorticks_off()
     _label(ranked, "mass by rank (band: range of layers)", "blocks, strongest first [%]", "mass on blocks [%]")
     _label(layered, "fewest blocks with 90% of the mass", "layer", "blocks [%]")
-    layered.set_ylim(bottom=0)
+    layered.set_ylim(0, 1.06 * layered.get_ylim()[1])
+    _whole(layered.xaxis)
     placed.set_yscale("log")
+    placed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    placed.yaxis.set_major_formatter("{x:g}")
+    placed.yaxis.set_minor_formatter("")
     _label(placed, "mass by position, mean of layers", "position in the context [%]", "mass on blocks [%]")
     ablated.set_yscale("log")
     ablated.set_xticks(range(1, 11))
@@ -104,7 +111,13 @@ def experts(profile: Profile) -> Figure | None:
     if not contexts:
         return None
     figure, axes = _panels(len(contexts) + 1)
-    _maps(figure, axes[:-1], {name: _array(part["expert_kl"]) for name, part in contexts.items()}, "expert")
+    _maps(
+        figure,
+        axes[:-1],
+        {name: _array(part["expert_kl"]) for name, part in contexts.items()},
+        "expert",
+        "layer with experts",
+    )
     last = axes[-1]
     for index, (name, part) in enumerate(contexts.items()):
         _range(last, _array(part["rank_kl"]), index, _tokens(name))
@@ -211,7 +224,9 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _maps(figure: Figure, axes: Sequence[Axes], maps: Mapping[str, Floats], across: str, first: int = 0) -> None:
+def _maps(
+    figure: Figure, axes: Sequence[Axes], maps: Mapping[str, Floats], across: str, up: str = "layer", first: int = 0
+) -> None:
     """Heat maps of KL by layer on one logarithmic scale; zeros stay white."""
     from matplotlib.colors import LogNorm
 
@@ -227,7 +242,8 @@ def _maps(figure: Figure, axes: Sequence[Axes], maps: Mapping[str, Floats], acro
         axis.grid(False)
         if kl.shape[1] <= 16:
             axis.set_xticks(range(first, first + kl.shape[1]))
-        _label(axis, f"context of {_tokens(name)}", across, "layer")
+        _whole(axis.yaxis)
+        _label(axis, f"context of {_tokens(name)}", across, up)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="KL [nats]", extend="min", pad=0.02)
 
@@ -247,6 +263,13 @@ def _range(axis: Axes, kl: Floats, index: int, label: str) -> None:
         linewidth=1.4,
         label=label,
     )
+
+
+def _whole(axis: Axis) -> None:
+    """Ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _label(axis: Axes, title: str, across: str, up: str) -> None:

@@ -95,4 +95,4 @@ def _over_rows(values: Tensor, budget: AttentionBudget) -> Tensor:
         return values.mean(1)
     weights = budget.survival ** torch.arange(values.shape[1], device=values.device, dtype=torch.float32)
     weights = (weights / weights.sum()).to(values.dtype)
-    return torch.tensordot(weights, values, dims=([0], [1]))
+    return torch.einsum("r,hr...->h...", weights, values)

@@ -211,7 +211,7 @@ def calibrate(
         cache.truncate(0, 0)
         step.prefill(tokens[:context], cache, chunk)
         run = Verification(sparsity, probe=probe)
-        for part in tokens[context:].split(rows):
+        for part in torch.split(tokens[context:], rows):
             cache.refresh_summaries()
             step.verify(part[None], cache, run)
             advance()

@@ -99,12 +99,13 @@ def setting_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _varies(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
     group = key.split(".")[0]
-    kinds = (f"{group}.name", f"{group}.{_KINDS[group]}") if group in _KINDS else (f"{group}.name",)
+    peers = [peer for peer in peers if key in peer]
     if group in GROUPS.values():
+        kinds = (f"{group}.name", f"{group}.{_KINDS.get(group, 'name')}")
         peers = [peer for peer in peers if all(peer.get(kind) == own.get(kind) for kind in kinds)]
-        if 2 * sum(peer.get(key) == own[key] for peer in peers) > len(peers):
+        if 2 * sum(peer[key] == own[key] for peer in peers) > len(peers):
             return False
-    return any(key in peer and peer[key] != own[key] for peer in peers)
+    return any(peer[key] != own[key] for peer in peers)
 
 
 def _budgets(config: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:

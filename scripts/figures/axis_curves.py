@@ -237,8 +237,9 @@ def _legend(figure: Figure, places: Sequence[str], simulated: bool) -> None:
     """Colours and line styles, for the whole figure."""
     from matplotlib.lines import Line2D
 
+    wide = int(10 * figure.get_figwidth())
     handles = [
-        Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.5, label=place)
+        Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.5, label=textwrap.fill(place, wide))
         for index, place in enumerate(places)
     ]
     handles.append(Line2D([], [], color=GREY, linestyle=":", label="limit by bytes read"))
@@ -247,7 +248,7 @@ def _legend(figure: Figure, places: Sequence[str], simulated: bool) -> None:
         hollow = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none")
         hollow.set_label("hollow: simulated")
         handles.append(hollow)
-    figure.legend(handles=handles, loc="outside lower center", ncols=1 if len(places) > 3 else 2)
+    figure.legend(handles=handles, loc="outside lower center")
 
 
 def _scaled(item: Estimate, factor: float) -> Estimate:

@@ -95,7 +95,7 @@ def similarity(rows: Sequence[Row]) -> Figure | None:
     wide = len(shown)
     options: Any = {"squeeze": False, "layout": "constrained"}
     figure: Figure
-    figure, grid = plt.subplots(1, wide, figsize=(4.9 * wide + 0.9, 5.3), **options)
+    figure, grid = plt.subplots(1, wide, figsize=(4.5 * wide + 1.2, 5.5), **options)
     for axis, row in zip(grid[0], shown, strict=True):
         image = _heat(axis, array(row.trace("similarity")), 0.0, 1.0)
         axis.set_title(run_title(row), loc="left", fontsize=9.5)
@@ -115,8 +115,7 @@ def recall(rows: Sequence[Row]) -> Figure | None:
     no run was observed.
     """
     observed = [row for row in rows if row.trace("recall") is not None and row.trace("oracle_recall") is not None]
-    observed.sort(key=lambda row: (round(row.density("attention") or 0.0, 3), natural(row.setting)))
-    grouped = by_place(observed)
+    grouped = {place: sorted(members, key=_density_order) for place, members in by_place(observed).items()}
     if not grouped:
         return None
     import matplotlib.pyplot as plt
@@ -137,11 +136,23 @@ def recall(rows: Sequence[Row]) -> Figure | None:
             axis.set_xlabel("layer")
         left.set_yticks(range(len(members)), [row.setting for row in members])
         right.set_yticks(range(len(members)), [""] * len(members))
-        left.set_title(f"{task} ({data}), {model} on {device}\nselected blocks", loc="left")
-        right.set_title("best blocks of the same number (oracle)", loc="left")
+        left.set_title("selected blocks", loc="left")
+        left.annotate(
+            f"{task} ({data}), {model} on {device}",
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 22),
+            textcoords="offset points",
+            fontweight="bold",
+        )
+        right.set_title("best as many (oracle)", loc="left")
     figure.colorbar(image, ax=list(grid.flat), label="recall of attention mass", pad=0.02, aspect=30)
     notes(figure, observed)
     return figure
+
+
+def _density_order(row: Row) -> tuple[Any, ...]:
+    return round(row.density("attention") or 0.0, 3), natural(row.setting)
 
 
 def _heat(axis: Axes, data: NDArray[np.float64], low: float, high: float) -> Any:
@@ -154,7 +165,7 @@ def _heat(axis: Axes, data: NDArray[np.float64], low: float, high: float) -> Any
         cmap=colormaps["viridis"].with_extremes(bad=_EMPTY),
         vmin=low,
         vmax=high,
-        aspect="auto" if data.shape[0] != data.shape[1] else "equal",
+        aspect="auto",
         interpolation="nearest",
     )
     axis.grid(visible=False)

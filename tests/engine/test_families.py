@@ -69,6 +69,18 @@ def test_rows_of_a_batch_keep_to_themselves(family: str) -> None:
             ).abs().max() < LIMIT
 
 
+def test_heads_of_their_own_equal_the_library() -> None:
+    """As many KV heads as query heads, as in LLaMA-7B."""
+    model = library_model("llama", num_key_value_heads=6)
+    tokens = torch.randint(0, VOCAB, (90,))
+    with torch.inference_mode():
+        expected = model(tokens[None]).logits[0]
+    step = Step(adapt(model, packed=False))
+    cache = step.new_cache(100, DENSE)
+    step.prefill(tokens[:80], cache, 64)
+    assert (step.verify(tokens[None, 80:], cache)[0] - expected[80:]).abs().max() < LIMIT
+
+
 def test_zero_sparsity_equals_dense_and_sparsity_does_not() -> None:
     """A budget of all blocks but none is dense; a small one changes the logits; dense layers bring it back."""
     step = Step(adapt(library_model("llama"), packed=False))

@@ -3,13 +3,118 @@ import multiprocessing
 
 import pytest
 
+from harness.evidence import labels as labels_of
 from harness.evidence import load_runs, rows
 from harness.evidence.labels import TIMES
 from tests.evidence_samples import config, stored_run
 
+BLOCKS = {"name": "block_topk", "budget": "fixed", "topk": 32, "l0": 1024, "rho": 0.25, "block_size": 16}
+FFN = {"name": "topk", "keep": 0.6667, "mask": "union"}
+UNION = {"name": "union", "union": 6, "outside": "substitute", "free_loaded": False}
+ANCHORS = {"name": "anchors", "anchors": "every", "every": 3, "layers": [], "theta": 0.7, "head_map": False}
+
 
 def labels(*configs):
-    return labels_of.setting_labels(configs)
+    return rows.setting_labels(configs)
+
+
+def label(**groups):
+    """The label of a run on its own, dense but for `groups`."""
+    return labels(config() | {"attn": {"name": "dense"}} | groups)[0]
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        ({"attn": BLOCKS | {"budget": "piecewise"}}, "piecewise L0=1024 rho=0.25"),
+        ({"attn": BLOCKS | {"score": "oracle"}}, f"topk 32{TIMES}16 (simulated)"),
+        ({"ffn": FFN}, "ffn keep 0.667 union"),
+        ({"ffn": {"name": "threshold", "tau": 0.05, "mask": "token"}}, "ffn tau 0.05 token (simulated)"),
+        ({"ffn": {"name": "quantile", "sparsity": 0.5, "mask": "root"}}, "ffn quantile 0.5 root"),
+        ({"moe": UNION}, "moe union 6"),
+        ({"moe": UNION | {"outside": "drop", "free_loaded": True}}, "moe union 6 drop free loaded"),
+        ({"moe": UNION | {"name": "topp", "p": 0.9, "union": None, "outside": "drop"}}, "moe p 0.9"),
+        ({"moe": UNION | {"name": "median_ratio", "m_max": 3, "union": 8}}, "moe median m 3 union 8"),
+        ({"attn": BLOCKS, "ffn": FFN, "reuse": ANCHORS}, f"topk 32{TIMES}16, ffn keep 0.667 union, anchors every 3"),
+        ({"reuse": ANCHORS | {"anchors": "list", "layers": [0, 4, 8]}}, "anchors 0,4,8"),
+        ({"reuse": ANCHORS | {"anchors": "mass", "head_map": True}}, "anchors mass 0.7 head map"),
+        ({"reuse": {"name": "skips", "skip": ["ffn"], "skip_layers": [3, 5]}}, "skip ffn in 3,5"),
+    ],
+)
+def test_a_setting_is_named_by_the_axes_that_are_on(groups, text):
+    assert label(**groups) == text
+
+
+def test_mixed_sweeps_are_told_apart_and_not_by_what_another_choice_lacks():
+    attn = [config() | {"attn": BLOCKS | {"topk": topk, "score": "mean"}} for topk in (8, 16, 32)]
+    odd = config() | {"attn": BLOCKS | {"score": "bound"}}
+    ffn = config() | {"attn": {"name": "dense"}, "ffn": FFN | {"survival": 0.7}}
+    lists = [
+        config() | {"attn": BLOCKS, "reuse": ANCHORS | {"anchors": "list", "layers": [*range(7), last]}}
+        for last in (8, 9)
+    ]
+    found = labels(*attn, odd, ffn, *lists)
+    assert found[:5] == [
+        *(f"topk {topk}{TIMES}16" for topk in (8, 16, 32)),
+        f"topk 32{TIMES}16, attn.score=bound",
+        "ffn keep 0.667 union",
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_runs_from_before_a_key_was_added_are_not_renamed_by_it():
+    assert labels(config(topk=8), config(topk=16) | {"analysis": True, "calibration": None}) == [
+        f"topk 8{TIMES}32",
+        f"topk 16{TIMES}32",
+    ]
+
+
+def test_numbers_in_settings_are_sorted_by_value(tmp_path):
+    for union in (10, 6, 4):
+        stored_run(tmp_path, config() | {"attn": {"name": "dense"}, "moe": UNION | {"union": union}}, examples=2)
+    assert [row.setting for row in rows.collect(tmp_path, sources="abc")] == [f"moe union {n}" for n in (4, 6, 10)]
+
+
+def test_a_row_knows_density_fidelity_and_what_it_realised(tmp_path):
+    store = stored_run(tmp_path, config(topk=8) | {"reuse": ANCHORS})
+    (row,) = rows.collect(tmp_path, sources="abc")
+    summary = store.summary()
+    sparse, dense = (summary["arms"][arm] for arm in ("sparse", "dense"))
+    assert row.axes == ("attention", "reuse") and not row.simulated and not row.carved
+    assert row.density("attention") == pytest.approx(0.256) and row.density("experts") is None
+    assert row.agreement.value == summary["compare"]["fidelity"]["agreement"] and row.agreement.ci is not None
+    assert row.acceptance_length("dense") == dense["acceptance_length"]["pooled"]
+    assert row.retrieving == pytest.approx(2 / 6)  # layers 0 and 3 of six
+    time = sparse["step_ms"]["p50"] / dense["step_ms"]["p50"]
+    read = sparse["bytes_per_step"] / dense["bytes_per_step"]
+    assert row.time_ratio == pytest.approx(time) and row.byte_ratio == pytest.approx(read)
+    assert row.realised == pytest.approx((1 - time) / (1 - read))
+    assert row.mean_step_ms("sparse") == pytest.approx(1e3 * sparse["seconds"] / sparse["steps"])
+    assert len(row.trace("similarity")) == len(row.trace("overlap")) == 6
+
+
+@pytest.mark.parametrize("attn", [BLOCKS | {"score": "oracle"}, BLOCKS | {"topk": 500}])
+def test_nothing_is_realised_where_nothing_is_saved_or_only_on_paper(tmp_path, attn):
+    stored_run(tmp_path, config() | {"attn": attn})
+    (row,) = rows.collect(tmp_path, sources="abc")
+    assert row.time_ratio is not None and row.realised is None
+    assert ("simulated" in row.marks) == row.simulated == (attn.get("score") == "oracle")
+
+
+def test_runs_without_traces_have_rows(tmp_path):
+    stored_run(tmp_path, traces=False)
+    (row,) = rows.collect(tmp_path, sources="abc")
+    assert row.trace("overlap") is None and row.agreement == rows.Estimate() and row.retrieving is None
+    assert row.density("attention") == 0.25 and row.time_ratio is not None
+
+
+def test_identity_leaves_out_keys_and_groups():
+    one, other = config(topk=8), config(topk=16)
+    assert labels_of.identity(one) != labels_of.identity(other)
+    assert labels_of.identity(one, ("attn.topk",)) == labels_of.identity(other, ("attn.topk",))
+    reused = one | {"reuse": ANCHORS}
+    assert labels_of.identity(one, ("reuse",)) == labels_of.identity(reused, ("reuse",))
+    assert labels_of.identity(one) == labels_of.identity(one | {"results_dir": "elsewhere"})
 
 
 def test_settings_are_named_by_their_budget_and_what_else_varies():

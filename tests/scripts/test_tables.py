@@ -1,3 +1,4 @@
+import csv
 import io
 import re
 import shutil
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from harness.evidence import rows, sources_hash
-from scripts import cells, common, tables
+from scripts import budget_table, cells, common, tables
 from tests.evidence_samples import config, stored_run
 
 ALL = ("ar", "dense", "sparse", "sparse_ar")
@@ -61,7 +62,7 @@ def test_a_row_tells_what_was_measured(found):
     row = next(row for row in found if row.task_name == "squad")
     line = line_of(grid, "some_file.jsonl")
     assert line[0] == "squad\n(some_file.jsonl)"
-    assert line[grid.header.index("limit")] == "1.47"
+    assert line[grid.header.index("limit")] == "1.23"
     assert line[grid.header.index("AL")] == cells.number(row.acceptance)
     speed = f"{row.sparse_vs_dense.value:.2f}\n[{row.sparse_vs_dense.ci[0]:.2f}, {row.sparse_vs_dense.ci[1]:.2f}]"
     assert line[grid.header.index("sparse\n/ dense")] == speed
@@ -108,6 +109,9 @@ def test_files_come_from_results_alone(results, capsys):
     assert tables.main(["--results", str(results)]) == 0
     folder = results / "tables"
     assert sorted(file.name for file in folder.iterdir()) == [
+        "budgets.csv",
+        "budgets.md",
+        "budgets.tex",
         "reference.md",
         "reference.tex",
         "results.md",
@@ -145,7 +149,7 @@ def test_a_damaged_run_is_one_line_and_code_2(tmp_path, capsys):
 
 def test_latex_is_well_formed(found, results):
     tables.main(["--results", str(results)])
-    for name in ("results.tex", "reference.tex"):
+    for name in ("results.tex", "budgets.tex", "reference.tex"):
         text = (results / "tables" / name).read_text()
         assert text.isascii()
         assert re.sub(r"\\[{}]", "", text).count("{") == re.sub(r"\\[{}]", "", text).count("}")
@@ -156,6 +160,61 @@ def test_latex_is_well_formed(found, results):
         assert not re.search(r"(?<!\\)[%#_]", re.sub(r"^%.*|\{!\}\{%$", "", text, flags=re.M))
         for environment in ("table*", "tabular"):
             assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 1
+
+
+def test_the_budget_table_says_what_was_read_kept_and_realised(found):
+    (grid,) = budget_table.grids(found)
+    row = next(row for row in found if row.task_name == "squad")
+    line = dict(zip(grid.header, next(line for line in grid.rows if line[0] == "squad"), strict=True))
+    low, high = row.agreement.ci
+    assert line["agreement\n%"] == f"{100 * row.agreement.value:.1f}\n[{100 * low:.1f}, {100 * high:.1f}]"
+    assert line["density\nattn"] == "0.51" and line["KL"] == f"{row.kl:.4f}"
+    assert line["AL dense\n\u2192 sparse"] == f"{row.acceptance_length('dense'):.2f}\n\u2192 {row.acceptance:.2f}"
+    assert line["step time\nsparse\n/ dense"] == f"{row.time_ratio:.2f}"
+    assert float(line["byte\nlimit"]) == pytest.approx(1 / row.limit, abs=0.005)
+    assert line["realised"] == f"{100 * row.realised:.0f}%"
+    assert line["select\nms"] == f"{row.components_ms('sparse')['select']:.2f}"
+    assert "density\nexperts" not in line
+    failed = dict(zip(grid.header, next(line for line in grid.rows if line[0].startswith("needle")), strict=True))
+    assert failed.pop("mark") == "failed" and set(list(failed.values())[2:]) == {cells.NOTHING}
+
+
+def test_the_csv_holds_the_same_as_numbers(found, results):
+    tables.main(["--results", str(results)])
+    with (results / "tables" / "budgets.csv").open() as stream:
+        lines = {line["fingerprint"]: line for line in csv.DictReader(stream)}
+    assert len(lines) == len(found)
+    for row in found:
+        line = lines[row.fingerprint]
+        assert line["setting"] == row.setting and line["marks"] == " ".join(row.marks)
+        for key, value in {"agreement": row.agreement.value, "realised": row.realised, "kl": row.kl}.items():
+            assert line[key] == "" if value is None else float(line[key]) == pytest.approx(value, rel=1e-5)
+
+
+def test_carved_and_simulated_runs_carry_their_notes_in_every_table(tmp_path):
+    carved = config("xsum", name="carved")
+    carved["model"]["kind"] = "carved_moe"
+    stored_run(tmp_path, carved | {"moe": {"name": "union", "union": 6}})
+    masked = {"name": "topk", "keep": 0.5, "mask": "token"}
+    stored_run(tmp_path, config("xsum") | {"attn": {"name": "dense"}, "ffn": masked})
+    assert tables.main(["--results", str(tmp_path)]) == 0
+    for name in ("results", "budgets", "reference"):
+        for suffix in ("md", "tex"):
+            text = (tmp_path / "tables" / f"{name}.{suffix}").read_text()
+            assert "its quality says nothing about trained MoEs" in text
+            assert "ffn keep 0.5 token (simulated)" in text and "show no saving" in text
+    plain = tmp_path / "plain"
+    stored_run(plain, config("xsum"))
+    assert tables.main(["--results", str(plain)]) == 0
+    assert "carved" not in (plain / "tables" / "budgets.md").read_text()
+
+
+def test_runs_without_traces_show_dashes(tmp_path):
+    stored_run(tmp_path, traces=False)
+    (grid,) = budget_table.grids(rows.collect(tmp_path, sources="abc"))
+    line = dict(zip(grid.header, grid.rows[0], strict=True))
+    assert [line[name] for name in ("agreement\n%", "KL", "flips", "select\nms")] == [cells.NOTHING] * 4
+    assert line["density\nattn"] == "0.25" and line["realised"].endswith("%")
 
 
 def test_special_characters_are_escaped():
@@ -169,7 +228,7 @@ def test_special_characters_are_escaped():
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX engine")
 def test_latex_compiles(results, tmp_path):
     tables.main(["--results", str(results), "--out", str(tmp_path)])
-    inputs = "\n".join(rf"\input{{{name}}}" for name in ("results.tex", "reference.tex"))
+    inputs = "\n".join(rf"\input{{{name}}}" for name in ("results.tex", "budgets.tex", "reference.tex"))
     packages = r"\usepackage{booktabs,graphicx}"
     text = rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "page.tex").write_text(text)

@@ -78,7 +78,7 @@ class Step:
             mixed = _joined([attend(run, number, row, cache, queries[p], keys[p], values[p]) for row, p in parts])
             if run.probe is not None:
                 mixed = run.probe.mixed(number, mixed)
-            hidden = hidden + layer.output(mixed.view(batch * count, -1))
+            hidden = hidden + layer.output(mixed.reshape(batch * count, -1))
             normed = self._normed(hidden, layer.ffn_norm)
             run.trace.lap("linear")
             outputs = [feed_forward(run, number, layer, normed[part], run.memory(row)) for row, part in whole]

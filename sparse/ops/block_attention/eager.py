@@ -88,7 +88,7 @@ def attention_mass(queries: Tensor, keys: Tensor, start: int, length: int, block
     """
     weights = _weights(_scores(queries, keys, length).float(), groups)
     whole = start // block_size * block_size
-    return weights[:, :, :whole].unflatten(-1, (-1, block_size)).sum(-1)
+    return weights[:, :, :whole].reshape(*weights.shape[:2], -1, block_size).sum(-1)
 
 
 @lru_cache(maxsize=16)

@@ -190,7 +190,7 @@ struct alignas(64) TileShapes {
 struct Tiles : Steps {
   static constexpr int64_t kBlock = 32, kRows = 16;
   static constexpr int64_t kTile = 512;  // bfloat16 values of a tile
-  static constexpr int64_t kChunk = 8;   // steps whose weights are copied side by side before they are multiplied
+  static constexpr int64_t kChunk = 4;   // steps whose weights are copied side by side before they are multiplied
   static constexpr int64_t kAhead = 16;  // channels between the row of up being read and the one being fetched
   using Factors = uint16_t[kRows][kBlock];                  // act * <x, up>
   std::unique_ptr<uint16_t[], decltype(&std::free)> pairs;  // [count / kRows, steps, 16 pairs of columns, kRows, 2]
@@ -222,24 +222,31 @@ struct Tiles : Steps {
     }
   }
 
+  // Copies are one chunk or step ahead of the products that read them: a tile cannot be loaded from stores in flight.
   void project_up(int64_t row, int64_t height, int64_t from, int64_t to, int64_t end, Factors& factors) const {
-    alignas(64) uint16_t weights[kChunk * 2 * kTile];
+    alignas(64) uint16_t weights[2][kChunk * 2 * kTile];
     const uint16_t* x = pairs.get() + row / kRows * steps * kTile;
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t begin = 0; begin < steps; begin += kChunk) {
+    const auto copy = [&](int64_t begin) {
+      uint16_t* copied = weights[begin / kChunk % 2];
       const int64_t stop = std::min(begin + kChunk, steps);
       for (int64_t k = 0; k < kBlock; k++) {
         const uint16_t *w = channel(std::min(from + k, to - 1)), *next = channel(std::min(from + k + kAhead, end - 1));
         for (int64_t step = begin; step < stop; step++) {
-          _mm512_store_si512(weights + (step - begin) * 2 * kTile + k * kLanes, load(w, step));
+          _mm512_store_si512(copied + (step - begin) * 2 * kTile + k * kLanes, load(w, step));
           fetch(w + p.hidden, step);
           fetch(next, step);
         }
       }
-      for (int64_t step = begin; step < stop; step++) {
-        _tile_loadd(2, weights + (step - begin) * 2 * kTile, 64);
-        _tile_loadd(3, weights + (step - begin) * 2 * kTile + kTile, 64);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    copy(0);
+    for (int64_t begin = 0; begin < steps; begin += kChunk) {
+      copy(begin + kChunk);
+      const uint16_t* copied = weights[begin / kChunk % 2];
+      for (int64_t step = begin; step < std::min(begin + kChunk, steps); step++) {
+        _tile_loadd(2, copied + (step - begin) * 2 * kTile, 64);
+        _tile_loadd(3, copied + (step - begin) * 2 * kTile + kTile, 64);
         _tile_loadd(4, x + step * kTile, 64);
         _tile_dpbf16ps(0, 2, 4);
         _tile_dpbf16ps(1, 3, 4);
@@ -262,19 +269,24 @@ struct Tiles : Steps {
   void project_down(int64_t from, int64_t to, const Factors& factors, float* sums, int64_t stride) const {
     const uint16_t* w[kBlock];
     for (int64_t k = 0; k < kBlock; k++) w[k] = channel(std::min(from + k, to - 1)) + p.hidden;
-    alignas(64) uint16_t weights[2 * kTile];
-    _tile_loadd(5, factors, 64);
-    for (int64_t step = 0; step < steps; step++) {
-      for (int64_t k = 0; k < kBlock; k += 2) {
+    alignas(64) uint16_t weights[2][2 * kTile];
+    const auto interleave = [&](int64_t step) {
+      uint16_t* lower = weights[step % 2];
+      for (int64_t k = 0; k < kBlock; k += 2, lower += kLanes) {
         const __m512i one = load(w[k], step), two = load(w[k + 1], step);
-        _mm512_store_si512(weights + k / 2 * kLanes, _mm512_unpacklo_epi16(one, two));
-        _mm512_store_si512(weights + k / 2 * kLanes + kTile, _mm512_unpackhi_epi16(one, two));
+        _mm512_store_si512(lower, _mm512_unpacklo_epi16(one, two));
+        _mm512_store_si512(lower + kTile, _mm512_unpackhi_epi16(one, two));
       }
+    };
+    _tile_loadd(5, factors, 64);
+    interleave(0);
+    for (int64_t step = 0; step < steps; step++) {
+      if (step + 1 < steps) interleave(step + 1);
       float* out = sums + step * kLanes;
       _tile_loadd(6, out, stride * sizeof(float));
       _tile_loadd(7, out + 16, stride * sizeof(float));
-      _tile_loadd(2, weights, 64);
-      _tile_loadd(3, weights + kTile, 64);
+      _tile_loadd(2, weights[step % 2], 64);
+      _tile_loadd(3, weights[step % 2] + kTile, 64);
       _tile_dpbf16ps(6, 5, 2);
       _tile_dpbf16ps(7, 5, 3);
       _tile_stored(6, out, stride * sizeof(float));
