@@ -25,7 +25,7 @@ from harness.engine.calibrating import Tables, calibrate
 from scripts import texts
 from sparse.budget import BLOCK_SIZES, AttentionBudget
 
-THETAS = (0.5, 0.6, 0.7, 0.8)
+THETAS = {"jaccard": (0.3, 0.4, 0.5, 0.6, 0.7), "mass": (0.85, 0.9, 0.94, 0.97, 1.0)}
 """Thresholds of the printed table."""
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": made.identity["model"],
         "tokens": made.tokens,
         "layers": made.layers,
-        "anchors": {rule: [len(made.anchors(theta, rule, 0)) for theta in THETAS] for rule in RULES},
+        "anchors": {rule: [len(made.anchors(theta, rule, 0)) for theta in THETAS[rule]] for rule in RULES},
         "seconds": round(seconds, 1),
     }
     print(json.dumps(line, separators=(",", ":")))
@@ -151,16 +151,12 @@ def calibration(
 def anchor_table(made: Calibration) -> Table:
     """The anchor layers that each threshold gives by each rule, from layer 0 on."""
     table = Table(title=f"anchor layers of {made.layers}", title_justify="left")
-    table.add_column("theta", justify="right")
+    for column in ("rule", "theta", "anchors", "share"):
+        table.add_column(column)
     for rule in RULES:
-        table.add_column(f"by {rule}")
-        table.add_column("share", justify="right")
-    for theta in THETAS:
-        cells = []
-        for rule in RULES:
+        for theta in THETAS[rule]:
             found = made.anchors(theta, rule, 0)
-            cells += [", ".join(map(str, found)), f"{len(found) / made.layers:.0%}"]
-        table.add_row(f"{theta}", *cells)
+            table.add_row(rule, f"{theta}", ", ".join(map(str, found)), f"{len(found) / made.layers:.0%}")
     return table
 
 

@@ -125,9 +125,8 @@ def recall(rows: Sequence[Row]) -> Figure | None:
     options: Any = {"squeeze": False, "height_ratios": [height + 1.0 for height in heights], "layout": "constrained"}
     figure: Figure
     figure, grid = plt.subplots(len(grouped), 2, figsize=size, **options)
-    blocks = [array([row.trace(name) for row in observed if row.counted]) for name in ("recall", "oracle_recall")]
-    least = min(float(np.nanmin(block)) for block in blocks)
-    low = min(np.floor(10 * least) / 10, 0.9)
+    known = [value for row in observed for value in row.trace("recall") + row.trace("oracle_recall")]
+    low = min([0.9, *(float(np.floor(10 * value)) / 10 for value in known if value is not None)])
     for (left, right), ((task, data, model, device), members) in zip(grid, grouped.items(), strict=True):
         for axis, name in ((left, "recall"), (right, "oracle_recall")):
             found = array([row.trace(name) for row in members])
@@ -136,16 +135,9 @@ def recall(rows: Sequence[Row]) -> Figure | None:
             axis.set_xlabel("layer")
         left.set_yticks(range(len(members)), [row.setting for row in members])
         right.set_yticks(range(len(members)), [""] * len(members))
-        left.set_title("selected blocks", loc="left")
-        left.annotate(
-            f"{task} ({data}), {model} on {device}",
-            (0, 1),
-            xycoords="axes fraction",
-            xytext=(0, 22),
-            textcoords="offset points",
-            fontweight="bold",
-        )
-        right.set_title("best as many (oracle)", loc="left")
+        left.set_title(f"{task} ({data}), {model} on {device}", loc="left", pad=20, fontweight="bold")
+        for axis, text in ((left, "selected blocks"), (right, "best blocks (oracle)")):
+            axis.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
     figure.colorbar(image, ax=list(grid.flat), label="recall of attention mass", pad=0.02, aspect=30)
     notes(figure, observed)
     return figure

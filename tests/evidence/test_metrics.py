@@ -5,7 +5,7 @@ from tests.evidence_samples import ARMS, example, record
 
 ARM_KEYS = (
     "tokens seconds tokens_per_second steps ttft_seconds acceptance_length histogram quality step_ms components_ms "
-    "bytes_per_step flops_per_step density roofline_fraction peak_memory_bytes"
+    "bytes_per_step flops_per_step density trace roofline_fraction peak_memory_bytes"
 )
 
 

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import matplotlib
 import numpy as np
@@ -72,20 +73,24 @@ def swept(tmp_path_factory):
     return rows.collect(folder, sources=sources_hash(common.ROOT))
 
 
-@pytest.fixture(scope="module")
-def figure(found, request):
-    drawn = plots.FIGURES[request.param](found)
-    drawn.canvas.draw()
+def quietly_drawn(name, found):
+    """The figure; a layout that does not fit would warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = plots.FIGURES[name](found)
+        drawn.canvas.draw()
     yield drawn
     pyplot.close(drawn)
+
+
+@pytest.fixture(scope="module")
+def figure(found, request):
+    yield from quietly_drawn(request.param, found)
 
 
 @pytest.fixture(scope="module")
 def rich(swept, request):
-    drawn = plots.FIGURES[request.param](swept)
-    drawn.canvas.draw()
-    yield drawn
-    pyplot.close(drawn)
+    yield from quietly_drawn(request.param, swept)
 
 
 def points(axis):
@@ -274,6 +279,19 @@ def test_recall_stands_beside_the_oracle_row_by_row(rich, swept):
             means = [f"{np.mean(named[setting].trace(name)):.3f}" for setting in settings]
             assert [text.get_text() for text in axis.texts[: len(means)]] == means
     assert any("(simulated)" in label.get_text() for label in panels[0].get_yticklabels() + panels[2].get_yticklabels())
+
+
+def test_models_of_different_depth_share_a_figure(tmp_path):
+    stored_run(tmp_path, config(name="deep"), layers=9)
+    stored_run(tmp_path, config(name="shallow"), layers=4)
+    found = rows.collect(tmp_path, sources="abc")
+    for name in ("similarity", "recall"):
+        figure = plots.FIGURES[name](found)
+        assert {len(axis.images[0].get_array()[0]) for axis in figure.axes if axis.images} == {9, 4}
+        pyplot.close(figure)
+    figure = plots.FIGURES["overlap"](found)
+    assert {len(axis.lines[0].get_xdata()) for axis in figure.axes[::2]} == {9, 4}
+    pyplot.close(figure)
 
 
 def test_layers_that_were_not_observed_stay_empty(tmp_path):

@@ -98,9 +98,16 @@ def select_channels(activations: Tensor, budget: FfnBudget, layer: int) -> Tenso
     width = activations.shape[1]
     if budget.is_dense:
         return torch.arange(width, device=activations.device)
+    keep = budget.channels(width) if budget.rule == "topk" else None
+    if activations.device.type == "cpu" and native.available(activations.dtype):
+        rows = activations[:1] if budget.mask == "root" else activations
+        weights = None
+        if budget.mask == "weighted":
+            weights = _survival_weights(rows.shape[0], budget.survival, rows.device)
+        return native.select(rows, weights, keep=keep, threshold=0.0 if keep else budget.threshold(layer))
     magnitudes = _magnitudes(activations, budget)
-    if budget.rule == "topk":
-        return magnitudes.topk(budget.channels(width), sorted=False).indices
+    if keep is not None:
+        return magnitudes.topk(keep, sorted=False).indices
     chosen = (magnitudes.float() >= budget.threshold(layer)).nonzero().squeeze(1)
     return chosen if chosen.numel() else magnitudes.argmax(dim=0, keepdim=True)
 

@@ -87,6 +87,8 @@ def _open(library: Path) -> ctypes.CDLL:
         kernels = ctypes.CDLL(str(library))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     kernels.sparse_ffn_run.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 4, pointer]
+    kernels.sparse_ffn_select.argtypes = [ctypes.c_int, *[pointer] * 2, *[size] * 3, ctypes.c_float, pointer]
+    kernels.sparse_ffn_select.restype = size
     return kernels
 
 
@@ -203,3 +205,38 @@ def ffn(rows: Tensor, activations: Tensor, channels: Tensor, index: Tensor, vari
         raise RuntimeError(f"no such FFN kernel here for {rows.dtype}")
     chosen = known[-1] if variant is None else variant
     return _call(loaded[0], chosen, rows.contiguous(), activations.contiguous(), channels, index.contiguous())
+
+
+def select(activations: Tensor, weights: Tensor | None, *, keep: int | None = None, threshold: float = 0.0) -> Tensor:
+    """Channels by magnitude in one pass, in ascending order, so that their weights are read in order.
+
+    Args:
+        activations: [n, width], bf16 or fp32, on the CPU.
+        weights: [n], fp32: magnitudes are the weighted sums over the rows; None takes their maximum.
+        keep: number of channels, 1 to width; None keeps magnitudes of at least ``threshold`` instead.
+
+    Returns:
+        [c], int64, at least one.
+
+    Raises:
+        RuntimeError: no kernel runs here for this dtype.
+    """
+    loaded = load()
+    if loaded is None or activations.dtype not in loaded[1]:
+        raise RuntimeError(f"no FFN kernel here for {activations.dtype}")
+    count, width = activations.shape
+    activations = activations.contiguous()
+    chosen = torch.empty(width + 1, dtype=torch.int64)
+    found = loaded[0].sparse_ffn_select(
+        0 if activations.dtype == torch.float32 else 1,
+        activations.data_ptr(),
+        None if weights is None else weights.contiguous().data_ptr(),
+        count,
+        width,
+        0 if keep is None else keep,
+        threshold,
+        chosen.data_ptr(),
+    )
+    if found < 0:
+        raise MemoryError(f"no memory to choose among {width} channels")
+    return chosen[:found]
