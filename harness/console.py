@@ -42,7 +42,17 @@ def show(summary: Mapping[str, Any]) -> None:
     title = f"{summary['task']} - {summary['model']} - {summary['device']} - {summary['examples']} examples"
     table = Table(title=f"{title} - {summary['status']}", title_justify="left")
     names = list(summary["metrics"])
-    for column in ("arm", "tokens/s", "acceptance length", "step ms", "read: attention", "ffn", "experts", "of limit", *names):
+    for column in (
+        "arm",
+        "tokens/s",
+        "acceptance length",
+        "step ms",
+        "read: attention",
+        "ffn",
+        "experts",
+        "of limit",
+        *names,
+    ):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, values in summary["arms"].items():
         table.add_row(arm, *_cells(values), *(_number(values["quality"].get(name), 1) for name in names))

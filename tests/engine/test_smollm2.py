@@ -46,7 +46,7 @@ def prompts(tokenizer: Any, name: str, style: str, limit: int, **options: Any) -
 def agree(real: tuple[Any, Step, Any], prompt: tuple[int, ...], tokens: int) -> None:
     """AR, dense speculation and generate() give one answer; a difference needs a tie of the two best logits."""
     library, step, _ = real
-    cache = step.new_cache(len(prompt) + tokens, DENSE)
+    cache = step.new_cache(len(prompt) + tokens, DENSE.attention)
     engine = Decoder(step, cache, stop=StopRule(), clock=time.perf_counter, prefill_chunk=1024)
     prefix = engine.prefill(prompt)
     ar = engine.decode(prefix, NoDrafter(), DENSE, tokens).output

@@ -54,7 +54,9 @@ def test_the_file_loads_holds_what_was_asked_and_fits_this_model_alone(tmp_path,
     assert line["status"] == "ok" and line["path"] == str(out) and line["tokens"] == made.tokens == 2 * 206
     assert (made.layers, made.kv_heads, made.block_size, made.topk) == (3, 2, 16, 4)
     assert made.text_sha256 == texts.read(None).sha256 and made.moe_beta is None
-    assert line["anchors"]["jaccard"] == [len(made.anchors(theta, "jaccard", 0)) for theta in calibrate.THETAS["jaccard"]]
+    assert line["anchors"]["jaccard"] == [
+        len(made.anchors(theta, "jaccard", 0)) for theta in calibrate.THETAS["jaccard"]
+    ]
     assert "theta" in printed and "mass" in printed
     source = texts.find(options(*arguments))
     made.check(source.identity)

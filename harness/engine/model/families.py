@@ -16,6 +16,7 @@ from torch import Tensor
 from harness.engine.model.linear import make_linear
 from sparse.cost import ModelShape
 from sparse.ops.moe.eager import FusedMoeWeights
+from sparse.ops.sparse_ffn import native
 from sparse.ops.weights import FfnWeights, LinearMap, MoeWeights
 
 
@@ -330,6 +331,8 @@ def adapt(model: Any, *, packed: bool, channels: bool = False) -> ModelWeights:
         layer.to("meta")
     layers = tuple(adapted)
     head = model.lm_head.weight
+    if reference.device.type == "cpu" and (channels or any(layer.moe is not None for layer in layers)):
+        native.available(reference.dtype)  # built now if it is missing, not in a timed step
     return ModelWeights(
         shape=_carved_shape(model_shape(config, reference.dtype), layers),
         embedding=reference,

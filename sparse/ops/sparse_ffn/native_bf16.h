@@ -37,7 +37,7 @@ struct Steps {
   }
 
   static void fetch(const uint16_t* row, int64_t step) {
-    _mm_prefetch(reinterpret_cast<const char*>(row + step * kLanes), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(row + step * kLanes), _MM_HINT_T0);
   }
 
   float activation(int64_t row, int64_t at) const {
@@ -187,11 +187,11 @@ struct alignas(64) TileShapes {
 
 // bfloat16 with tile registers, at most sixteen rows at a time. Tiles hold 16 rows of 32 bfloat16 or 16 fp32 values:
 // 0 and 1 the dot products of 16 channels each, 2 and 3 weights, 4 pairs of columns of x, 5 factors, 6 and 7 sums.
-// No prefetching by hand: the hardware's streams did better between the dense products of a real step.
 struct Tiles : Steps {
   static constexpr int64_t kBlock = 32, kRows = 16;
   static constexpr int64_t kTile = 512;  // bfloat16 values of a tile
   static constexpr int64_t kChunk = 4;   // steps whose weights are copied side by side before they are multiplied
+  static constexpr int64_t kAhead = 16;  // channels between the row of up being read and the one being fetched
   using Factors = uint16_t[kRows][kBlock];                  // act * <x, up>
   std::unique_ptr<uint16_t[], decltype(&std::free)> pairs;  // [count / kRows, steps, 16 pairs of columns, kRows, 2]
 
@@ -206,7 +206,7 @@ struct Tiles : Steps {
     }
   }
 
-  void block(int64_t from, int64_t to, int64_t /* end */, float* sums, int64_t stride) const {
+  void block(int64_t from, int64_t to, int64_t end, float* sums, int64_t stride) const {
     for (int64_t row = 0; row < p.count; row += kRows) {
       const int64_t height = std::min(kRows, p.count - row);
       TileShapes shapes;
@@ -216,23 +216,26 @@ struct Tiles : Steps {
       }
       _tile_loadconfig(&shapes);
       alignas(64) Factors factors;
-      project_up(row, height, from, to, factors);
+      project_up(row, height, from, to, end, factors);
       project_down(from, to, factors, sums + row * stride, stride);
       _tile_release();
     }
   }
 
   // Copies are one chunk or step ahead of the products that read them: a tile cannot be loaded from stores in flight.
-  void project_up(int64_t row, int64_t height, int64_t from, int64_t to, Factors& factors) const {
+  void project_up(int64_t row, int64_t height, int64_t from, int64_t to, int64_t end, Factors& factors) const {
     alignas(64) uint16_t weights[2][kChunk * 2 * kTile];
     const uint16_t* x = pairs.get() + row / kRows * steps * kTile;
     const auto copy = [&](int64_t begin) {
       uint16_t* copied = weights[begin / kChunk % 2];
       const int64_t stop = std::min(begin + kChunk, steps);
       for (int64_t k = 0; k < kBlock; k++) {
-        const uint16_t* w = channel(std::min(from + k, to - 1));
-        for (int64_t step = begin; step < stop; step++)
+        const uint16_t *w = channel(std::min(from + k, to - 1)), *next = channel(std::min(from + k + kAhead, end - 1));
+        for (int64_t step = begin; step < stop; step++) {
           _mm512_store_si512(copied + (step - begin) * 2 * kTile + k * kLanes, load(w, step));
+          fetch(w + p.hidden, step);
+          fetch(next, step);
+        }
       }
     };
     _tile_zero(0);
