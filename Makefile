@@ -22,7 +22,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-compile --constraint constraints.txt
 STAMP := .venv/.installed
 
-.PHONY: help run test test-all bench gpu-check lint tables clean
+.PHONY: help run test test-all bench gpu-check carve calibrate lint tables clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -45,6 +45,12 @@ bench: $(STAMP) ## tokens per second of one step against the library's and again
 
 gpu-check: $(STAMP) ## kernels and engine on the GPU; exit code 2 where there is none
 	@$(PY) -m scripts.bench --gpu-check $(ARGS)
+
+carve: $(STAMP) ## cuts SmolLM2 into experts for model=carved_moe (minutes); ARGS="--heal" trains it a little
+	@$(PY) -m scripts.carve_moe $(ARGS)
+
+calibrate: $(STAMP) ## what anchors, quantiles and expert skipping need to know of a model
+	@$(PY) -m scripts.calibrate $(ARGS)
 
 lint: $(STAMP) ## formatting, lints, types, and who may import whom
 	@.venv/bin/ruff format --check .
