@@ -24,6 +24,7 @@ from harness.schema import (
 from harness.schema_sparsity import CALIBRATE
 from sparse.budget import AttentionBudget, FfnBudget, MoeBudget, ReuseBudget, Sparsity
 from sparse.cost import ModelShape
+from sparse.trace import DROPPED_PATH, LOW_HEADS_PATH, RESTRICTED_PATH
 
 SPARSE_ARMS = ("sparse", "sparse_ar")
 MOE_MODELS = "carved_moe, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b"
@@ -49,8 +50,9 @@ def required_paths(sparsity: Sparsity) -> list[str]:
     """Prefixes of the path counters that must not stay at zero when an arm runs with these budgets."""
     reuse = sparsity.reuse
     found = [] if sparsity.attention.is_dense else ["block_attention"]
-    found += [] if sparsity.ffn.is_dense else ["sparse_ffn"]
-    found += [] if sparsity.moe.is_dense else ["moe."]
+    found += [LOW_HEADS_PATH] if sparsity.attention.low_heads else []
+    found += [] if sparsity.ffn.is_dense else ["sparse_ffn", DROPPED_PATH]
+    found += [] if sparsity.moe.is_dense else ["moe.", RESTRICTED_PATH]
     found += [] if reuse.anchors is None else ["reuse.anchor"]
     return found + [f"reuse.skip_{what}" for what in reuse.skip if reuse.skip_layers]
 
@@ -90,6 +92,16 @@ class _Calibrated:
     calibration: Calibration | None
     shape: ModelShape
 
+    def of_blocks(self, setting: str, block_size: int) -> Calibration:
+        """The same, for a setting that depends on the blocks it was measured with."""
+        made = self.of(setting)
+        if made.block_size != block_size:
+            raise ConfigError(
+                f"calibration={made.path}: {setting} was measured with blocks of {made.block_size}, this run has "
+                f"attn.block_size={block_size}; make one with {CALIBRATE} --block-size {block_size}"
+            )
+        return made
+
     def of(self, setting: str) -> Calibration:
         """The calibration that ``setting`` reads; raises ConfigError."""
         made = self.calibration
@@ -112,7 +124,9 @@ def _attention(config: Config, shape: ModelShape, found: _Calibrated) -> Attenti
     low: tuple[tuple[int, int], ...] = ()
     if attn.low_share > 0:
         heads = shape.layers * shape.kv_heads
-        low = found.of(f"attn.low_share={attn.low_share}").low_heads(attn.low_share)
+        low = found.of_blocks(f"attn.low_share={attn.low_share}", attn.block_size).low_heads(
+            attn.low_share, attn.dense_layers
+        )
         if not low:
             raise ConfigError(
                 f"attn.low_share={attn.low_share}: less than one of the model's {heads} KV heads "
@@ -221,13 +235,16 @@ def _reuse(config: Config, shape: ModelShape, found: _Calibrated) -> ReuseBudget
         anchors = tuple(range(first, shape.layers, reuse.every))
     else:
         setting = f"reuse.theta={reuse.theta}"
-        anchors = found.of(f"reuse.anchors={reuse.anchors}").anchors(reuse.theta, reuse.anchors, first)
+        made = found.of_blocks(f"reuse.anchors={reuse.anchors}", config.attn.block_size)
+        anchors = made.anchors(reuse.theta, reuse.anchors, first)
     if len(anchors) >= shape.layers - first:
         raise ConfigError(
             f"{setting}: every sparse layer from {first} to {shape.layers - 1} would be an anchor, so nothing would be "
             f"reused; choose fewer anchors{' (a lower reuse.theta)' if 'theta' in setting else ''} or reuse=none"
         )
-    return ReuseBudget(anchors, found.of("reuse.head_map=true").heads(anchors) if reuse.head_map else ())
+    if not reuse.head_map:
+        return ReuseBudget(anchors)
+    return ReuseBudget(anchors, found.of_blocks("reuse.head_map=true", config.attn.block_size).heads(anchors))
 
 
 def _betas(m_max: int, found: _Calibrated) -> tuple[tuple[float, ...], ...]:

@@ -161,7 +161,7 @@ def load(plan: Plan) -> Engine:
         channels = any(not sparsity.ffn.is_dense for sparsity in plan.budgets.values())
         library = models.library_model(config.model, plan.model_config, plan.dtype, plan.device, config.seed)
         weights = adapt(library, packed=config.engine.packed, channels=channels)
-    except loading.ModelError as error:
+    except (loading.ModelError, UnsupportedModel) as error:
         raise ConfigError(str(error)) from error
     step = Step(weights)
     summarised = next((sparsity for sparsity in plan.budgets.values() if not sparsity.is_dense), Sparsity())
@@ -239,8 +239,10 @@ def _prompt_limit(config: Config, positions: int) -> int:
 
 
 def _check_memory(config: Config, shape: ModelShape, capacity: int, device: torch.device) -> None:
-    """Refuse a model whose weights and cache cannot fit."""
-    weights = shape.weight_bytes + shape.itemsize * shape.hidden * shape.vocab
+    """Refuse a model whose weights, their copies by channel, and cache cannot fit."""
+    carved = isinstance(config.model, schema.CarvedModelConfig)
+    copies = 2 * carved + (config.ffn.name != "dense")
+    weights = shape.weight_bytes + shape.itemsize * shape.hidden * (shape.vocab + 3 * copies * shape.channels)
     cache = shape.kv_bytes_per_token * capacity
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available

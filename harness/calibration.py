@@ -163,12 +163,13 @@ class Calibration:
         ]
         return tuple(own if at == layer else self.head_map[layer][at] for layer, at in enumerate(nearest))
 
-    def low_heads(self, share: float) -> tuple[tuple[int, int], ...]:
-        """(layer, KV head) of the floor(share * layers * kv_heads) heads of the lowest contribution, ascending."""
+    def low_heads(self, share: float, first_layer: int = 0) -> tuple[tuple[int, int], ...]:
+        """(layer, KV head) of the lowest contributions from ``first_layer`` on, the floor of ``share`` of them."""
         ranked = sorted(
             (contribution, layer, head)
             for layer, row in enumerate(self.head_contribution)
             for head, contribution in enumerate(row)
+            if layer >= first_layer
         )
         return tuple(sorted((layer, head) for _, layer, head in ranked[: math.floor(round(share * len(ranked), 6))]))
 

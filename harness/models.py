@@ -109,13 +109,27 @@ def identity(model: schema.ModelConfig, seed: int) -> dict[str, str | None]:
     if isinstance(model, schema.ShapeModelConfig):
         name = f"{model.arch}, {model.layers or 'all'} layers, random weights of seed {seed}"
     elif isinstance(model, schema.HfModelConfig):
-        name = str(model.path)
+        name = _checkpoint_name(str(model.path))
     else:
         name = model.kind
     carved = None
     if isinstance(model, schema.CarvedModelConfig):
         name, carved = f"{name}, {model.active} experts a token", file_sha256("model.path", carving_file(model))
     return {"model": name, "revision": getattr(model, "revision", None), "carving": carved}
+
+
+def _checkpoint_name(path: str) -> str:
+    """A hub id as it is; a local checkpoint by its last part and a mark of its configuration and file sizes."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        return path
+    mark = hashlib.sha256()
+    for file in sorted(local.iterdir()) if local.is_dir() else [local]:
+        if file.suffix in (".safetensors", ".bin", ".gguf"):
+            mark.update(f"{file.name} {file.stat().st_size}".encode())
+        elif file.name == "config.json":
+            mark.update(file.read_bytes())
+    return f"{local.resolve().name} {mark.hexdigest()[:16]}"
 
 
 def file_sha256(key: str, file: Path) -> str:

@@ -198,7 +198,7 @@ class SkipReuse(NoReuse):
         choices=("retrieval", "channels", "ffn"),
     )
     skip_layers: tuple[int, ...] = setting("layers that skip, ascending", minimum=0)
-    refresh: int = setting("steps after which a selection taken from an earlier step is made anew", minimum=1)
+    refresh: int = setting("steps after which a selection taken from an earlier step is made anew", minimum=2)
 
 
 def is_sparse(attn: DenseAttention, ffn: DenseFfn, moe: DenseMoe, reuse: NoReuse) -> bool:
@@ -258,6 +258,11 @@ def _check_anchors(reuse: AnchorReuse, attn: DenseAttention) -> None:
     """Anchors that have selections to pass on, and a list where one is asked for."""
     if not isinstance(attn, BlockTopkAttention):
         raise ConfigError("reuse=anchors: attn=dense selects no blocks to reuse; choose attn=block_topk or reuse=none")
+    if attn.low_share > 0:
+        raise ConfigError(
+            f"attn.low_share={attn.low_share}: budgets per head cannot be passed on between layers; choose "
+            "attn.low_share=0 or reuse=none"
+        )
     typed = f"reuse.layers={show(reuse.layers)}"
     if reuse.anchors != "list":
         if reuse.layers:

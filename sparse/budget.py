@@ -130,7 +130,8 @@ class FfnBudget:
     """Which FFN channels a verification step computes (METHOD section 3).
 
     The gate is computed in full; channels whose |act(gate)| is small are dropped, so their rows of the up projection
-    and columns of the down projection are not needed. Inside an MoE layer the rule applies to every kept expert.
+    and columns of the down projection are not needed. Inside an MoE layer the rule applies to every kept expert, the
+    shared one included; there "the step's tokens" are those routed to the expert, in their order.
 
     Attributes:
         rule: ``dense``; ``topk`` keeps the share ``keep`` of the channels with the largest magnitude; ``threshold``

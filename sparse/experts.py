@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse.budget import MoeBudget
+from sparse.ops.moe import native
 from sparse.ops.weights import MoeWeights
+
+_FEW_ROWS = 64
+"""Most tokens that the routing kernel takes: it runs on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ def route(probabilities: Tensor, weights: MoeWeights) -> Tensor:
     Returns:
         ``combine`` [tokens, experts], fp32, zero where an expert does not run for a token.
     """
+    if probabilities.shape[0] <= _FEW_ROWS and native.routes(probabilities):
+        return _native(probabilities, weights, probabilities.shape[1], 1.0)[0]
     dense = _mark(probabilities, probabilities.topk(weights.top_k, dim=-1).indices)
     if weights.unit:
         return dense.to(probabilities.dtype)
@@ -82,6 +88,13 @@ def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, laye
     Returns:
         ``combine`` as in :func:`route`, and the counters.
     """
+    plain = budget.rule == "dense" and budget.outside == "substitute" and budget.union is not None
+    if plain and budget.union is not None and native.routes(probabilities):
+        limit = min(budget.union, probabilities.shape[1])
+        combine, (wanted, kept, substituted, union_dense, union) = _native(
+            probabilities, weights, limit, budget.survival
+        )
+        return combine, Restriction(wanted, kept, 0, substituted, wanted - kept, 0, union_dense, union)
     top = probabilities.topk(weights.top_k, dim=-1)
     dense = _mark(probabilities, top.indices)
     rule = _mark(probabilities, top.indices, _kept_by_rule(top.values, budget, layer))
@@ -105,6 +118,22 @@ def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, laye
         union=union,
     )
     return _weigh(probabilities, final, dense, weights), restriction
+
+
+def _native(
+    probabilities: Tensor, weights: MoeWeights, limit: int, survival: float
+) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """Routing by the CPU kernel: ``combine``; pairs wanted, kept and substituted, experts wanted and run."""
+    combine, counts = native.route(
+        probabilities,
+        top_k=weights.top_k,
+        limit=limit,
+        normalise=weights.normalise,
+        unit=weights.unit,
+        survival=survival,
+    )
+    wanted, kept, substituted, union_dense, union = counts
+    return combine, (wanted, kept, substituted, union_dense, union)
 
 
 def _mark(probabilities: Tensor, experts: Tensor, keep: Tensor | None = None) -> Tensor:

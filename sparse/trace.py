@@ -13,6 +13,9 @@ AXES = ("attention", "ffn", "experts")
 DENSE_PATH = "dense_attention.torch"
 SPARSE_PATH = "block_attention.torch"
 SELECT_PATH = "select.blocks"
+LOW_HEADS_PATH = "select.low_heads"
+DROPPED_PATH = "ffn.channels_dropped"
+RESTRICTED_PATH = "experts.restricted"
 ORACLE_PATH = "select.oracle.simulated"
 ANCHOR_HIT = "reuse.anchor"
 ANCHOR_MISS = "reuse.miss_anchor"
@@ -36,7 +39,7 @@ class Trace:
         channel_products, gate_products: rows times channels, all layers together.
         experts_wanted, experts_loaded: distinct routed experts of dense routing, and those that ran.
         pairs: routed (token, expert) pairs by fate: wanted, kept, skipped, substituted, dropped, freed.
-        stale: steps by the age of the selection they reused from an earlier step.
+        stale: layers' reuses of a selection from an earlier step, by its age in steps.
         seconds: time per component.
     """
 

@@ -6,7 +6,7 @@ choice of the configuration is missing here. A new method is one more entry (doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse.budget import AttentionBudget, FfnBudget, MoeBudget, ReuseBudget, Sparsity
 
@@ -54,11 +54,12 @@ def _attention(name: str, **values: object) -> Method:
 
 def _ffn(name: str, *, budget: FfnBudget, no_op: FfnBudget) -> Method:
     path = "sparse_ffn.simulated" if budget.mask == "token" else "sparse_ffn."
-    return Method(f"ffn {name}", Sparsity(ffn=budget), Sparsity(ffn=no_op), (path,), reads_all=budget.mask == "token")
+    paths = (path, "ffn.channels_dropped")
+    return Method(f"ffn {name}", Sparsity(ffn=budget), Sparsity(ffn=no_op), paths, reads_all=budget.mask == "token")
 
 
 def _moe(name: str, budget: MoeBudget, no_op: MoeBudget) -> Method:
-    return Method(f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.",), MOE_FAMILIES)
+    return Method(f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.", "experts.restricted"), MOE_FAMILIES)
 
 
 _BLOCKS = AttentionBudget(topk=4)
@@ -76,7 +77,10 @@ METHODS: tuple[Method, ...] = (
     _attention("weighted query", query="weighted", survival=0.5),
     _attention("max over grouped heads", gqa="max"),
     _attention("pooled head budgets", heads="pooled"),
-    _attention("low heads", low_heads=((0, 1), (2, 0))),
+    replace(
+        _attention("low heads", low_heads=((0, 1), (2, 0))),
+        paths=("select.low_heads", "select.blocks", "block_attention.torch"),
+    ),
     _attention("blocks of 32", block_size=32),
     _attention("blocks of 64 without sink and window", block_size=64, topk=1, sinks=0, window=0),
     _attention("dense first layer", dense_layers=1),

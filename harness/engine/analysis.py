@@ -64,7 +64,7 @@ class SelectionAnalysis(Probe):
         """What was observed, as plain numbers; None where nothing was.
 
         ``overlap`` [layers][distances], ``recall`` and ``oracle_recall`` [layers], ``similarity`` [layers][layers],
-        ``steps`` observed.
+        ``overlap_pairs`` and ``observed`` say how many of ``overlap`` and recalls, ``steps`` how many of ``similarity``.
         """
         self._compare_layers()
         return {
@@ -72,6 +72,8 @@ class SelectionAnalysis(Probe):
             "recall": _plain(self.recall / self.observed),
             "oracle_recall": _plain(self.oracle / self.observed),
             "similarity": _plain(self.similarity / self.compared),
+            "overlap_pairs": self.pairs.tolist(),
+            "observed": self.observed.tolist(),
             "steps": self.steps,
         }
 
@@ -94,6 +96,7 @@ class SelectionAnalysis(Probe):
         outside = 1 - mass.sum(-1).mean().item()
         best = select_blocks(mass.mean(1), self._best, keep).mask(blocks)
         chosen = torch.ones_like(best) if selection is None else selection.mask(blocks)
+        chosen[:, view.tail_start // budget.block_size :] = True
         self.recall[layer] += outside + (mass * chosen[:, None]).sum(-1).mean().item()
         self.oracle[layer] += outside + (mass * best[:, None]).sum(-1).mean().item()
         self.observed[layer] += 1

@@ -208,7 +208,7 @@ def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
         divergence=fidelity.get("first_divergence"),
         noise_floor=fidelity.get("noise_floor"),
         axes=axes_on(run.config),
-        simulated=is_simulated(run.config),
+        simulated=is_simulated(run.config) or any(".simulated" in path for path in shown.get("paths") or {}),
         carved=is_carved(run.config),
         agreement=_estimate(fidelity, "agreement", "agreement_ci95"),
         kl=fidelity.get("kl"),

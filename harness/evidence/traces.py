@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from harness.evidence import bootstrap
 from harness.evidence.records import Record
 
-MEANS = ("overlap", "recall", "oracle_recall", "similarity")
+MEANS = {"overlap": "overlap_pairs", "recall": "observed", "oracle_recall": "observed", "similarity": "steps"}
+"""What is averaged over examples, and the count that weighs it."""
 
 
 def fidelity_block(rows: Sequence[Record], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def trace_block(rows: Sequence[Record]) -> dict[str, Any]:
     """
     stepped = [row for row in rows if row.steps]
     axes = dict.fromkeys(axis for row in stepped for axis in row.layer_density)
-    observed = [(row.selections, row.selections["steps"]) for row in stepped if row.selections.get("steps")]
+    observed = [row.selections for row in stepped if any(row.selections.get("observed") or ())]
     reuse: Counter[str] = Counter()
     for row in stepped:
         reuse.update({path: count for path, count in row.paths.items() if path.startswith("reuse.")})
@@ -62,7 +63,7 @@ def trace_block(rows: Sequence[Record]) -> dict[str, Any]:
         "pairs": _counts([row.pairs for row in stepped]),
         "stale": _counts([row.stale for row in stepped]),
         "reuse": dict(sorted(reuse.items())),
-        **{name: _mean([(found[name], steps) for found, steps in observed]) for name in MEANS},
+        **{name: _mean([(found[name], found[weight]) for found in observed]) for name, weight in MEANS.items()},
     }
 
 
@@ -73,13 +74,14 @@ def _counts(maps: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def _mean(weighted: Sequence[tuple[Any, float]]) -> Any:
-    """Element-wise mean of equally shaped nested lists by weight; entries that are null do not count."""
+def _mean(weighted: Sequence[tuple[Any, Any]]) -> Any:
+    """Element-wise mean of equally shaped nested lists; a weight is a number or has one for each element. Nulls do not
+    count."""
     if not weighted:
         return None
     values = np.array([np.array(value, dtype=np.float64) for value, _ in weighted])
     weights = np.array([weight for _, weight in weighted], dtype=np.float64)
-    weights = weights.reshape(-1, *[1] * (values.ndim - 1)) * np.isfinite(values)
+    weights = weights.reshape(*weights.shape, *[1] * (values.ndim - weights.ndim)) * np.isfinite(values)
     with np.errstate(divide="ignore", invalid="ignore"):
         return _plain(np.nansum(values * np.where(weights > 0, weights, 0), axis=0) / weights.sum(axis=0))
 

@@ -22,6 +22,7 @@ class FfnWeights:
         gate: gate projection alone, or None where only the dense path was prepared.
         channels: [width, 2 * hidden], each channel's row of up and column of down side by side, so that a chosen
             channel is one contiguous read; or None where only the dense path was prepared.
+        gate_rows: [width, hidden], the gate projection's weights for kernels that compute a whole layer, or None.
     """
 
     width: int
@@ -29,6 +30,7 @@ class FfnWeights:
     down: LinearMap
     gate: LinearMap | None = None
     channels: Tensor | None = None
+    gate_rows: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,16 @@ def test_nothing_replayed_is_null_not_zero() -> None:
 
 def test_means_over_steps_leave_unobserved_entries_out() -> None:
     seen = {"steps": 1, "overlap": [[0.5, None]], "recall": [0.8], "oracle_recall": [0.9], "similarity": [[1.0]]}
-    more = {"steps": 3, "overlap": [[0.9, 0.4]], "recall": [0.4], "oracle_recall": [0.5], "similarity": [[1.0]]}
+    more = {"steps": 3, "overlap": [[0.9, 0.4]], "recall": [0.4], "oracle_recall": [0.5], "similarity": [[0.2]]}
     none = {"steps": 0, "overlap": [[None, None]], "recall": [None], "oracle_recall": [None], "similarity": [[None]]}
+    seen |= {"overlap_pairs": [[10, 0]], "observed": [3]}
+    more |= {"overlap_pairs": [[30, 2]], "observed": [1]}
+    none |= {"overlap_pairs": [[0, 0]], "observed": [0]}
     rows = [record(n, selections=value) for n, value in enumerate((seen, more, none))]
     found = trace_block(rows)
     assert found["overlap"] == [[pytest.approx(0.8), pytest.approx(0.4)]]
-    assert found["recall"] == [pytest.approx(0.5)] and found["oracle_recall"] == [pytest.approx(0.6)]
+    assert found["recall"] == [pytest.approx(0.7)] and found["oracle_recall"] == [pytest.approx(0.8)]
+    assert found["similarity"] == [[pytest.approx(0.4)]]
 
 
 def test_densities_are_weighted_by_steps_and_counts_are_summed() -> None:

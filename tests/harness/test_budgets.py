@@ -176,6 +176,8 @@ def test_settings_know_the_values_that_budgets_know() -> None:
 BAD: list[tuple[str, ModelShape, list[str]]] = [
     ("attn.dense_layers=6", DENSE, ["attn.dense_layers=6", "6 layers"]),
     ("attn.low_share=0.08", DENSE, ["attn.low_share=0.08", "12 KV heads", "0.0833"]),
+    ("attn.low_share=0.5 attn.block_size=32", DENSE, ["calibration=tiny.json", "blocks of 16", "attn.block_size=32"]),
+    ("reuse=anchors reuse.head_map=true attn.block_size=64", DENSE, ["blocks of 16", "--block-size 64"]),
     ("ffn=topk ffn.dense_layers=7", DENSE, ["ffn.dense_layers=7", "6 layers"]),
     ("ffn=topk ffn.keep=0.995", DENSE, ["ffn.keep=0.995", "all 96 channels", "at most 0.9896"]),
     ("ffn=topk ffn.keep=0.98", MOE, ["ffn.keep=0.98", "all 24 channels"]),
@@ -266,10 +268,14 @@ def test_required_paths_name_every_mechanism() -> None:
     assert required_paths(everything) == [
         "block_attention",
         "sparse_ffn",
+        "ffn.channels_dropped",
         "moe.",
+        "experts.restricted",
         "reuse.skip_retrieval",
         "reuse.skip_channels",
     ]
+    low = Sparsity(AttentionBudget(topk=16, low_heads=((0, 0),)))
+    assert required_paths(low) == ["block_attention", "select.low_heads"]
     assert required_paths(anchored(0, 2)) == ["block_attention", "reuse.anchor"]
     assert required_paths(Sparsity(reuse=ReuseBudget(skip=("ffn",), skip_layers=(1,)))) == ["reuse.skip_ffn"]
     assert required_paths(Sparsity(reuse=ReuseBudget(skip=("ffn",)))) == []

@@ -201,6 +201,7 @@ def test_low_heads_are_the_weakest() -> None:
     assert calibration.low_heads(0.2) == ((0, 1), (1, 2), (2, 2))
     assert calibration.low_heads(0.27) == ((0, 1), (1, 0), (1, 2), (2, 2)), "4.05 heads are 4"
     assert len(calibration.low_heads(1.0)) == LAYERS * HEADS
+    assert all(layer >= 2 for layer, _ in calibration.low_heads(0.5, first_layer=2))
     many = made(kv_heads=20, head_map=(((0,) * 20,) * LAYERS,) * LAYERS, head_contribution=((1.0,) * 20,) * LAYERS)
     assert len(many.low_heads(0.29)) == 29, "29 of 100, though 0.29 * 100 falls short of it in binary"
 

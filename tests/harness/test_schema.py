@@ -178,8 +178,12 @@ BAD_SPARSITY: list[tuple[dict[str, Any], list[str]]] = [
     ({"reuse": {**ANCHORS, "anchors": "mass"}}, ["reuse.anchors=mass needs one", "scripts.calibrate"]),
     ({"reuse": {**ANCHORS, "head_map": True}}, ["reuse.head_map=true needs one", "scripts.calibrate"]),
     (
-        {"reuse": {**ANCHORS, "anchors": "mass", "head_map": True}, "attn.low_share": 0.1},
-        ["attn.low_share=0.1 and reuse.anchors=mass and reuse.head_map=true need one"],
+        {"reuse": {**ANCHORS, "anchors": "mass", "head_map": True}},
+        ["reuse.anchors=mass and reuse.head_map=true need one"],
+    ),
+    (
+        {"reuse": ANCHORS, "attn.low_share": 0.1, "calibration": "some.json"},
+        ["attn.low_share=0.1", "cannot be passed on", "reuse=none"],
     ),
     ({"reuse": {**ANCHORS, "theta": 0}}, ["reuse.theta=0", "above 0"]),
     ({"reuse": {**ANCHORS, "anchors": "list"}}, ["reuse.layers=[]", "ascending"]),
@@ -202,7 +206,7 @@ BAD_SPARSITY: list[tuple[dict[str, Any], list[str]]] = [
     ({"reuse": {**SKIPS, "skip": ["moe"]}}, ["reuse.skip=[moe]", "a list of retrieval, channels, ffn"]),
     ({"reuse": {**SKIPS, "skip_layers": []}}, ["reuse.skip_layers=[]", "at least one"]),
     ({"reuse": {**SKIPS, "skip_layers": [4, 3]}}, ["reuse.skip_layers=[4,3]", "ascending"]),
-    ({"reuse": {**SKIPS, "refresh": 0}}, ["reuse.refresh=0", "at least 1"]),
+    ({"reuse": {**SKIPS, "refresh": 1}}, ["reuse.refresh=1", "at least 2"]),
     ({"reuse": SKIPS, "attn": DENSE}, ["sparse would be dense"]),
     ({"reuse": SKIPS, "attn": DENSE, "ffn": TOPK_FFN}, ["reuse.skip=[retrieval]", "attn=dense has no retrieval"]),
     ({"reuse": SKIPS, "attn.dense_layers": 4}, ["reuse.skip_layers=[3]", "attn.dense_layers=4", "from 4 on"]),

@@ -1,5 +1,7 @@
 """Routing under a budget against a version that walks from token to token and says each rule in words."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,21 @@ from torch import Tensor
 
 from sparse.budget import MoeBudget
 from sparse.experts import Restriction, probabilities, restrict, route
+from sparse.ops.moe import native
 from sparse.ops.weights import MoeWeights
 
 BETAS = ((0.05, 0.2, 0.35, 0.6), (0.3, 0.25, 0.6, 0.9))
+
+
+@pytest.fixture(params=["kernel", "torch"], autouse=True, scope="module")
+def route_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the CPU kernel, where there is one, and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "routes", lambda _: False)
+        elif native.native.load() is None:
+            pytest.skip("no kernel here")
+        yield request.param
 
 
 def _weights(top_k: int, kind: str = "normalise") -> MoeWeights:

@@ -1,6 +1,5 @@
 """The fast mixture-of-experts layer against the naive one, and that what no token runs is not touched."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse.ops.moe import eager
+from sparse.ops.moe import eager, native
 from sparse.ops.moe.naive import Matrices
 from sparse.ops.moe.naive import moe as naive_moe
-from sparse.ops.sparse_ffn import eager as sparse_ffn
 from sparse.ops.weights import FfnWeights, LinearMap, MoeWeights
 
 HIDDEN, WIDTH, EXPERTS = 37, 11, 7
@@ -21,11 +19,10 @@ def _linear(weight: Tensor) -> LinearMap:
     return lambda rows: functional.linear(rows, weight)
 
 
-def _network(parts: list[Matrices], dtype: torch.dtype, by_channel: bool = False) -> FfnWeights:
+def _network(parts: list[Matrices], dtype: torch.dtype) -> FfnWeights:
     gate, up = (torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("gate", "up"))
     down = torch.cat([part.down for part in parts], 1).to(dtype)
-    made = FfnWeights(width=gate.shape[0], gate_up=_linear(torch.cat((gate, up))), down=_linear(down))
-    return replace(made, gate=_linear(gate), channels=torch.cat((up, down.T), 1).contiguous()) if by_channel else made
+    return FfnWeights(width=gate.shape[0], gate_up=_linear(torch.cat((gate, up))), down=_linear(down))
 
 
 def _matrices(width: int) -> Matrices:
@@ -48,8 +45,9 @@ def _layer(
     }
     if not fused:
         return MoeWeights(**values), parts, extra
-    together = _network([*used, *([] if extra is None else [extra])], dtype, by_channel=True)
-    return eager.FusedMoeWeights(**values, fused=together), parts, extra
+    every = [*used, *([] if extra is None else [extra])]
+    channels = torch.cat([torch.cat((part.gate, part.up, part.down.T), 1) for part in every]).to(dtype)
+    return eager.FusedMoeWeights(**values, fused=_network(every, dtype), channels=channels), parts, extra
 
 
 def _routing(tokens: int, experts: list[int], per_token: int = 2) -> Tensor:
@@ -91,31 +89,57 @@ def test_tokens_may_run_any_number_of_experts(tokens: int) -> None:
     assert _distance(eager.moe(rows, nothing, weights), naive_moe(rows, nothing, parts, extra)) < 1e-6
 
 
-@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("tokens", [1, 6, 50])
-def test_experts_side_by_side_give_the_same(
-    tokens: int, shared: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All experts run as one network; of some, a step reads the channels alone where there is a kernel for that."""
-    if not kernel:
-        monkeypatch.setattr(sparse_ffn, "path", lambda _: sparse_ffn.TORCH_PATH)
-    elif sparse_ffn.path(_layer(shared, fused=True)[0].fused) != sparse_ffn.NATIVE_PATH:  # type: ignore[attr-defined]
-        pytest.skip("no kernel on this machine")
+def test_experts_side_by_side_give_the_same(tokens: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kernel many experts run as one network, few of them one by one, and then the others are not touched."""
+    monkeypatch.setattr(native, "available", lambda _: False)
     torch.manual_seed(1)
     weights, parts, extra = _layer(shared, fused=True)
     rows = torch.randn(tokens, HIDDEN)
-    chosen = kernel and tokens <= eager._FEW_ROWS
     own = "all_rows" if tokens <= eager._FEW_ROWS else "by_expert"
     for experts, form in ((list(range(EXPERTS)), "fused"), ([1, 2, 4, 6], "simulated"), ([2, 5], own)):
         combine = _routing(tokens, experts, per_token=len(experts))
-        expected = "channels" if chosen and len(experts) < EXPERTS else form
-        assert eager.path(weights, len(experts), tokens) == f"moe.{expected}"
+        assert eager.path(weights, len(experts), tokens) == f"moe.{form}"
         assert _distance(eager.moe(rows, combine, weights), naive_moe(rows, combine, parts, extra)) < 1e-6
     poisoned, parts, extra = _layer(shared, fused=True, poisoned=(0, 3, 6))
     combine = _routing(tokens, [1, 2], per_token=2)
     assert _distance(eager.moe(rows, combine, poisoned), naive_moe(rows, combine, parts, extra)) < 1e-6
     assert eager.path(_layer(shared)[0], EXPERTS, tokens) == f"moe.{own}"
+
+
+@pytest.mark.skipif(not native.available(torch.bfloat16), reason="this CPU has no tile registers, or no compiler")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tokens", [1, 6, 7, eager._FEW_ROWS])
+@pytest.mark.parametrize("experts", [[3], [1, 2, 4, 6], [0, 1, 2, 3, 4, 5]])
+def test_the_kernel_reads_the_union_and_equals_the_reference(experts: list[int], tokens: int, shared: bool) -> None:
+    torch.manual_seed(tokens)
+    idle = tuple(set(range(EXPERTS)) - set(experts[: 2 * tokens]))
+    weights, parts, extra = _layer(shared, fused=True, dtype=torch.bfloat16, poisoned=idle)
+    low = [Matrices(*(x.bfloat16() for x in (part.gate, part.up, part.down))) for part in parts]
+    lower = None if extra is None else Matrices(*(x.bfloat16() for x in (extra.gate, extra.up, extra.down)))
+    rows, combine = torch.randn(tokens, HIDDEN).bfloat16(), _routing(tokens, experts)
+    assert eager.path(weights, len(experts), tokens) == "moe.native"
+    assert _distance(eager.moe(rows, combine, weights), naive_moe(rows, combine, low, lower)) < 6e-3
+
+
+def test_the_kernel_computes_large_and_small_gates() -> None:
+    """silu far from zero on both sides, where a polynomial of exp could leave its range."""
+    if not native.available(torch.bfloat16):
+        pytest.skip("this CPU has no tile registers, or no compiler")
+    torch.manual_seed(3)
+    part = _matrices(32)
+    wide = Matrices(part.gate * 400, part.up, part.down)
+    low = Matrices(*(x.bfloat16() for x in (wide.gate, wide.up, wide.down)))
+    channels = torch.cat((low.gate, low.up, low.down.T), 1).contiguous()
+    rows, combine = torch.randn(5, HIDDEN).bfloat16(), torch.rand(5, 2) + 0.5
+    found = native.run(rows, combine, channels, 16)
+    halves = [Matrices(low.gate[s], low.up[s], low.down[:, s]) for s in (slice(16), slice(16, 32))]
+    assert _distance(found, naive_moe(rows, combine, halves)) < 6e-3
+    with pytest.raises(ValueError, match="shapes"):
+        native.run(rows, combine, channels[:, :-1], 16)
+    with pytest.raises(ValueError, match="dtypes"):
+        native.run(rows.float(), combine, channels, 16)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from harness.engine.cache import KVCache
@@ -11,7 +13,16 @@ from sparse.budget import AttentionBudget
 from sparse.ops.block_attention import eager
 from sparse.scoring import block_scores, mass_scores
 from sparse.selection import Selection, select_blocks
-from sparse.trace import ANCHOR_HIT, ANCHOR_MISS, DENSE_PATH, DRAFT_REUSE, ORACLE_PATH, SELECT_PATH, SPARSE_PATH
+from sparse.trace import (
+    ANCHOR_HIT,
+    ANCHOR_MISS,
+    DENSE_PATH,
+    DRAFT_REUSE,
+    LOW_HEADS_PATH,
+    ORACLE_PATH,
+    SELECT_PATH,
+    SPARSE_PATH,
+)
 
 
 def attend(
@@ -46,7 +57,7 @@ def attend(
     selection, tail_start = _choose(run, layer, row, view)
     trace.lap("select")
     if run.probe is not None:
-        selection = run.probe.selection(layer, view, selection)
+        selection = run.probe.selection(layer, replace(view, tail_start=tail_start), selection)
     block_size = run.sparsity.attention.block_size
     if selection is None:
         mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups)
@@ -97,8 +108,11 @@ def _choose(run: Verification, layer: int, row: int, view: AttentionView) -> tup
             selection, tail_start = memory.anchor
             return (selection.of_heads(reuse.head_map[layer]) if reuse.head_map else selection), tail_start
         trace.paths[ANCHOR_MISS] += 1
+    low = budget.low(layer)
+    if low:
+        trace.paths[LOW_HEADS_PATH] += 1
     trace.paths[ORACLE_PATH if budget.score == "oracle" else SELECT_PATH] += 1
     trace.scored += whole
-    selection = select_blocks(scores(budget, view), budget, budget.blocks(view.start), budget.low(layer))
+    selection = select_blocks(scores(budget, view), budget, budget.blocks(view.start), low)
     memory.keep_blocks(layer, selection, tail_start)
     return selection, tail_start

@@ -16,6 +16,7 @@ from torch import Tensor
 from harness.engine.model.linear import make_linear
 from sparse.cost import ModelShape
 from sparse.ops.moe.eager import FusedMoeWeights
+from sparse.ops.sparse_ffn import eager as sparse_ffn
 from sparse.ops.sparse_ffn import native
 from sparse.ops.weights import FfnWeights, LinearMap, MoeWeights
 
@@ -114,13 +115,14 @@ class Layout:
             if gate_up_bias is not None or down_bias is not None:
                 raise UnsupportedModel("feed-forward channels cannot be skipped in a model with mlp_bias=true")
             gate = make_linear(gate_up[:width], packed=self.packed)
-            channels = torch.cat((gate_up[width:], down.t()), 1).contiguous()
+            channels = sparse_ffn.channel_rows(gate_up[width:], down)
         return FfnWeights(
             width=width,
             gate_up=make_linear(gate_up, gate_up_bias, packed=self.packed),
             down=make_linear(down, down_bias, packed=self.packed),
             gate=gate,
             channels=channels,
+            gate_rows=gate_up[:width].contiguous() if channels is not None else None,
         )
 
     def dense_ffn(self, module: Any) -> FfnWeights:
@@ -172,6 +174,7 @@ def _carved_moe(module: Any, layout: Layout) -> MoeWeights:
     def subset(channels: Tensor, layout: Layout = layout) -> FfnWeights:
         return layout.ffn(torch.cat((gate[channels], up[channels])), down[:, channels])
 
+    together = torch.cat((module.experts.flatten(), module.shared))
     return FusedMoeWeights(
         router=layout.linear(module.router),
         experts=tuple(subset(channels) for channels in module.experts),
@@ -179,7 +182,8 @@ def _carved_moe(module: Any, layout: Layout) -> MoeWeights:
         top_k=int(module.top_k),
         normalise=False,
         unit=True,
-        fused=subset(torch.cat((module.experts.flatten(), module.shared)), replace(layout, channels=True)),
+        fused=subset(together, replace(layout, channels=False)),
+        channels=torch.cat((gate[together], up[together], down[:, together].t()), 1).contiguous(),
     )
 
 

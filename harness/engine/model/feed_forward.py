@@ -13,6 +13,7 @@ from sparse.ops.moe import eager as moe_op
 from sparse.ops.sparse_ffn import eager as ffn_op
 from sparse.ops.weights import FfnWeights, MoeWeights
 from sparse.reuse import SelectionMemory
+from sparse.trace import DROPPED_PATH, RESTRICTED_PATH, Trace
 
 
 def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Tensor, memory: SelectionMemory) -> Tensor:
@@ -30,6 +31,9 @@ def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Ten
     """
     if run.sparsity.reuse.skips("ffn", layer):
         run.trace.skipped("ffn")
+        run.trace.ffn(layer, width=_width(weights), gates=0, channels=0, rows=0)
+        if weights.moe is not None:
+            run.trace.experts_wanted[layer] += weights.moe.top_k
         return torch.zeros_like(rows)
     if weights.moe is not None:
         output = _moe(run, layer, weights.moe, rows)
@@ -59,16 +63,24 @@ def _sparse_ffn(
     run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memory: SelectionMemory | None
 ) -> Tensor:
     budget, reuse, trace, width = run.sparsity.ffn, run.sparsity.reuse, run.trace, weights.width
+    skips = memory is not None and reuse.skips("channels", layer)
+    if budget.shared and run.probe is None and not skips and ffn_op.fuses(weights):
+        output, channels = ffn_op.fused_ffn(rows, weights, budget, layer)
+        trace.paths[ffn_op.FUSED_PATH] += 1
+        _count_channels(trace, layer, width, channels, rows)
+        return output
     activations = ffn_op.activations(rows, weights)
     if run.probe is not None:
         activations = run.probe.gated(layer, activations)
     if not budget.shared:
         mask = ffn_op.token_mask(activations, budget, layer)
+        kept = int(mask.sum())
         trace.paths[ffn_op.SIMULATED_PATH] += 1
-        trace.ffn(layer, width=width, gates=width, channels=width, rows=rows.shape[0], kept=int(mask.sum()))
+        trace.paths[DROPPED_PATH] += kept < mask.numel()
+        trace.ffn(layer, width=width, gates=width, channels=width, rows=rows.shape[0], kept=kept)
         return ffn_op.masked_ffn(rows, activations, weights, mask)
     old = None
-    if memory is not None and reuse.skips("channels", layer):
+    if memory is not None and skips:
         old = memory.old_channels(layer, reuse.refresh)
     if old is not None:
         channels = old[0]
@@ -78,8 +90,13 @@ def _sparse_ffn(
         if memory is not None:
             memory.keep_channels(layer, channels)
     trace.paths[ffn_op.path(weights)] += 1
-    trace.ffn(layer, width=width, gates=width, channels=channels.shape[0], rows=rows.shape[0])
+    _count_channels(trace, layer, width, channels, rows)
     return ffn_op.sparse_ffn(rows, activations, weights, channels)
+
+
+def _count_channels(trace: Trace, layer: int, width: int, channels: Tensor, rows: Tensor) -> None:
+    trace.paths[DROPPED_PATH] += channels.shape[0] < width
+    trace.ffn(layer, width=width, gates=width, channels=channels.shape[0], rows=rows.shape[0])
 
 
 def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Tensor:
@@ -92,10 +109,11 @@ def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Te
         for fate in ("wanted", "kept", "skipped", "substituted", "dropped", "freed"):
             trace.pairs[fate] += getattr(done, fate)
         trace.experts_wanted[layer] += done.union_dense
+        trace.paths[RESTRICTED_PATH] += done.kept < done.wanted or done.substituted > 0
     if run.probe is not None:
         combine = run.probe.routed(layer, probabilities, combine)
-    runs = combine != 0
-    union, pairs = int(runs.any(0).sum()), int(runs.sum())
+    chosen = combine.count_nonzero(0).tolist()
+    union, pairs = sum(count > 0 for count in chosen), sum(chosen)
     if budget.is_dense:
         trace.experts_wanted[layer] += union
     trace.experts_loaded[layer] += union
@@ -103,17 +121,24 @@ def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Te
     sparse_path = f"{moe_op.PATH}.by_expert" if run.sparsity.ffn.applies(layer) else moe_op.path(weights, union, count)
     trace.paths[moe_op.DENSE_PATH if budget.is_dense else sparse_path] += 1
     if run.sparsity.ffn.applies(layer):
-        if weights.shared is not None:
-            shared = weights.shared.width
-            trace.ffn(layer, width=shared, gates=shared, channels=shared, rows=count)
 
         def expert(number: int, own: Tensor) -> Tensor:
             return _ffn(run, layer, weights.experts[number], own, None)
 
-        return moe_op.moe(rows, combine, weights, expert)
+        output = moe_op.moe(rows, combine, weights, expert)
+        return output if weights.shared is None else output + _ffn(run, layer, weights.shared, rows, None)
     needed = union * width + (0 if weights.shared is None else weights.shared.width)
     products = pairs * width + (0 if weights.shared is None else count * weights.shared.width)
     trace.ffn(layer, width=needed, gates=needed, channels=needed, rows=0)
     trace.gate_products += products
     trace.channel_products += products
     return moe_op.moe(rows, combine, weights)
+
+
+def _width(weights: LayerWeights) -> int:
+    """Channels that one token needs of a layer: those of its FFN, or of its experts and the shared one."""
+    if weights.ffn is not None:
+        return weights.ffn.width
+    assert weights.moe is not None
+    shared = 0 if weights.moe.shared is None else weights.moe.shared.width
+    return weights.moe.top_k * weights.moe.experts[0].width + shared

@@ -20,6 +20,7 @@ class AttentionView:
         length: positions with the step's own tokens.
         groups: query heads per KV head.
         summaries: block summaries by name, each [kv_heads, head_dim, blocks].
+        tail_start: position from which on everything is visible whatever is selected; an old selection has an old one.
     """
 
     queries: Tensor
@@ -29,6 +30,7 @@ class AttentionView:
     length: int
     groups: int
     summaries: dict[str, Tensor]
+    tail_start: int = 0
 
 
 class Probe:

@@ -2,7 +2,7 @@
 
 A step of few tokens is bound by reading weights, so each expert of the union runs once, on all tokens, and the
 element-wise part and the sums run once for all experts; a zero weight takes out the tokens that did not ask for it.
-are cheaper as one network, of which a kernel reads the channels of the union.
+Many small experts lie side by side as one network: a kernel reads the union of it, and without one all is computed.
 Prefill is bound by arithmetic: there the token-expert pairs are sorted by expert, and each expert runs on its own.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse.ops.sparse_ffn import eager as sparse_ffn
+from sparse.ops.moe import native
 from sparse.ops.weights import FfnWeights, MoeWeights
 
 PATH = "moe"
@@ -33,9 +33,11 @@ class FusedMoeWeights(MoeWeights):
     Attributes:
         fused: the channels of all routed experts, expert by expert and equally many of each, then those of the shared
             one, as one network.
+        channels: [fused channels, 3 * hidden], the same by channel: rows of gate and up and column of down.
     """
 
     fused: FfnWeights
+    channels: Tensor
 
 
 def path(weights: MoeWeights, union: int, rows: int) -> str:
@@ -48,13 +50,13 @@ def path(weights: MoeWeights, union: int, rows: int) -> str:
 
 
 def _form(weights: MoeWeights, union: int, rows: int) -> str:
-    """How a call without a callback runs: one product over all experts (``fused``), the gates of all and the channels
-    of the union (``channels``), or each expert of the union on ``all_rows`` or on its own (``by_expert``)."""
+    """How a call without a callback runs: one product over all experts (``fused``), a kernel that reads the union
+    (``native``), or each expert of the union on ``all_rows`` or on its own (``by_expert``)."""
     few = rows <= _FEW_ROWS
     if isinstance(weights, FusedMoeWeights):
-        native = sparse_ffn.path(weights.fused) == sparse_ffn.NATIVE_PATH
-        if few and native and weights.fused.gate is not None and 0 < union < len(weights.experts):
-            return "channels"
+        channels = weights.channels
+        if few and union < len(weights.experts) and channels.is_cpu and native.available(channels.dtype):
+            return "native"
         if union > _FUSED_SHARE * len(weights.experts):
             return "fused"
     return "all_rows" if few else "by_expert"
@@ -76,7 +78,7 @@ def moe(
         combine: [tokens, experts], fp32, zero where an expert does not run for a token.
         weights: of the layer.
         expert: replaces the computation of a routed expert: its number and the rows [n, hidden] of its tokens, in
-            their order, to [n, hidden].
+            their order, to [n, hidden]. The shared expert is then left to the caller.
 
     Returns:
         [tokens, hidden] in the dtype of ``rows``.
@@ -85,15 +87,15 @@ def moe(
     form = _form(weights, used.numel(), rows.shape[0]) if expert is None else "by_expert"
     if isinstance(weights, FusedMoeWeights) and form == "fused":
         return _fused(rows, combine, weights)
-    if isinstance(weights, FusedMoeWeights) and form == "channels":
-        return _channels(rows, combine, weights, used)
+    if isinstance(weights, FusedMoeWeights) and form == "native":
+        return native.run(rows, combine, weights.channels, weights.experts[0].width)
     if used.numel() == 0:
         output = torch.zeros_like(rows)
     elif form == "all_rows":
         output = _on_all_rows(rows, combine, weights, used)
     else:
         output = _by_expert(rows, combine, weights, expert)
-    return output if weights.shared is None else output + _ffn(rows, weights.shared)
+    return output if weights.shared is None or expert is not None else output + _ffn(rows, weights.shared)
 
 
 def _gated(both: Tensor) -> Tensor:
@@ -112,16 +114,6 @@ def _fused(rows: Tensor, combine: Tensor, weights: FusedMoeWeights) -> Tensor:
     experts, width = len(weights.experts), weights.experts[0].width
     activations[:, : experts * width].view(-1, experts, width).mul_(combine[:, :, None])
     return weights.fused.down(activations)
-
-
-def _channels(rows: Tensor, combine: Tensor, weights: FusedMoeWeights, used: Tensor) -> Tensor:
-    """The gates of all experts in one product, then the channels of the used and the shared ones alone."""
-    activations = sparse_ffn.activations(rows, weights.fused)
-    experts, width = len(weights.experts), weights.experts[0].width
-    activations[:, : experts * width].view(-1, experts, width).mul_(combine[:, :, None])
-    places = torch.arange(weights.fused.width, device=rows.device)
-    routed = places[: experts * width].view(experts, width).index_select(0, used).view(-1)
-    return sparse_ffn.sparse_ffn(rows, activations, weights.fused, torch.cat((routed, places[experts * width :])))
 
 
 def _on_all_rows(rows: Tensor, combine: Tensor, weights: MoeWeights, used: Tensor) -> Tensor:

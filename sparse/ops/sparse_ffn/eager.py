@@ -19,9 +19,9 @@ from sparse.ops.weights import FfnWeights
 
 DENSE_PATH = "dense_ffn.torch"
 NATIVE_PATH = "sparse_ffn.native"
+FUSED_PATH = "sparse_ffn.fused"
 TORCH_PATH = "sparse_ffn.torch"
 SIMULATED_PATH = "sparse_ffn.simulated"
-PATHS = (DENSE_PATH, NATIVE_PATH, TORCH_PATH, SIMULATED_PATH)
 
 
 def channel_rows(up: Tensor, down: Tensor) -> Tensor:
@@ -157,6 +157,37 @@ def sparse_ffn(rows: Tensor, activations: Tensor, weights: FfnWeights, channels:
     chosen = weights.channels.index_select(0, channels)
     inner = activations.index_select(1, channels) * (rows @ chosen[:, :hidden].T)
     return inner @ chosen[:, hidden:]
+
+
+def fuses(weights: FfnWeights) -> bool:
+    """Whether :func:`fused_ffn` runs with these weights."""
+    return weights.gate_rows is not None and weights.channels is not None and native.whole_layer(weights.gate_rows)
+
+
+def fused_ffn(rows: Tensor, weights: FfnWeights, budget: FfnBudget, layer: int) -> tuple[Tensor, Tensor]:
+    """:func:`activations`, :func:`select_channels` and :func:`sparse_ffn` in one call of the kernel.
+
+    Args:
+        rows: [n, hidden], the root of the draft first.
+        weights: for which :func:`fuses` holds.
+        budget: rule and shared mask, not dense.
+        layer: number of the layer, for its threshold.
+
+    Returns:
+        The output [n, hidden], and the channels.
+
+    Raises:
+        ValueError: these weights do not fuse, or the budget has no shared mask.
+    """
+    if weights.gate_rows is None or weights.channels is None or not budget.shared or budget.is_dense:
+        raise ValueError("the fused kernel needs weights by channel and a shared mask")
+    ranked = 1 if budget.mask == "root" else rows.shape[0]
+    survival = _survival_weights(ranked, budget.survival, rows.device) if budget.mask == "weighted" else None
+    keep = budget.channels(weights.width) if budget.rule == "topk" else None
+    threshold = 0.0 if keep else budget.threshold(layer)
+    return native.layer(
+        rows, weights.gate_rows, weights.channels, survival, ranked=ranked, keep=keep, threshold=threshold
+    )
 
 
 def masked_ffn(rows: Tensor, activations: Tensor, weights: FfnWeights, mask: Tensor) -> Tensor:

@@ -98,6 +98,9 @@ int64_t choose(const uint32_t* values, int64_t width, int64_t keep, uint32_t thr
 }  // namespace
 }  // namespace sparse_ffn
 
+#include "native_experts.h"
+#include "native_layer.h"
+
 // Chooses channels by magnitude, ascending, at least one: the `keep` largest, or with keep = 0 those of at least
 // `threshold`. activations is [count, width] in fp32 (kernel 0) or bfloat16; weights is null for the maximum over the
 // rows. Returns how many were chosen, the first so many of out [width + 1], or -1 without memory.
@@ -135,7 +138,7 @@ extern "C" int sparse_ffn_run(int kernel, const void* rows, const void* activati
                           void* out) {
   if (!std::all_of(index, index + chosen, [&](int64_t at) { return at >= 0 && at < width; })) return 1;
   using namespace sparse_ffn;
-  const Problem problem{rows, activations, channels, index, count, hidden, width, chosen};
+  const Problem problem{rows, activations, channels, index, count, hidden, width, chosen, 2 * hidden};
   try {
     if (kernel == 0) return run<Portable<float>>(problem, out);
     if (kernel == 1) return run<Portable<BFloat16>>(problem, out);

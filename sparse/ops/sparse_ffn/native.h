@@ -15,9 +15,11 @@ constexpr int64_t kLanes = 32;  // columns per step; rows of partial sums are pa
 struct Problem {
   const void* rows;         // [count, hidden]
   const void* activations;  // [count, width]
-  const void* channels;     // [width, 2 * hidden]
+  const void* channels;     // [width, stride]; of each channel up and down stand in the last 2 * hidden places
   const int64_t* index;     // [chosen]
-  int64_t count, hidden, width, chosen;
+  int64_t count, hidden, width, chosen, stride;
+  const float* scales = nullptr;  // gated: [experts, count] and ones [count] for the channels after the last expert's
+  int64_t experts = 0, expert_width = 1;
 };
 
 template <typename T>
@@ -65,7 +67,7 @@ struct Portable {
     const auto* activations = static_cast<const Scalar*>(p.activations);
     const Scalar* w[kBlock];
     for (int64_t k = 0; k < kBlock; k++)
-      w[k] = static_cast<const Scalar*>(p.channels) + p.index[std::min(from + k, to - 1)] * 2 * p.hidden;
+      w[k] = static_cast<const Scalar*>(p.channels) + p.index[std::min(from + k, to - 1)] * p.stride;
     for (int64_t r = 0; r < p.count; r++) {
       const Scalar* x = rows + r * p.hidden;
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;

@@ -24,10 +24,12 @@ from torch import Tensor
 SWITCH = "SPARSE_VERIFICATION_NATIVE"
 """Environment variable: 0 switches the kernel off."""
 
-_SOURCES = ("native.cpp", "native.h", "native_bf16.h")
+_SOURCES = ("native.cpp", "native.h", "native_bf16.h", "native_experts.h", "native_layer.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-w")
 _BUILD_SECONDS = 180
 _PORTABLE_FP32, _PORTABLE_BF16 = 0, 1
+TILES = 3
+"""Number of the bf16 kernel with tile registers; whole layers and experts need it."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +91,10 @@ def _open(library: Path) -> ctypes.CDLL:
     kernels.sparse_ffn_run.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 4, pointer]
     kernels.sparse_ffn_select.argtypes = [ctypes.c_int, *[pointer] * 2, *[size] * 3, ctypes.c_float, pointer]
     kernels.sparse_ffn_select.restype = size
+    kernels.sparse_ffn_layer.argtypes = [*[pointer] * 4, *[size] * 5, ctypes.c_float, *[pointer] * 2]
+    kernels.sparse_ffn_layer.restype = size
+    kernels.sparse_moe_route.argtypes = [pointer, *[size] * 4, *[ctypes.c_int] * 2, ctypes.c_float, *[pointer] * 2]
+    kernels.sparse_moe_run.argtypes = [*[pointer] * 3, *[size] * 5, pointer]
     return kernels
 
 
@@ -132,6 +138,22 @@ def _is_right(kernels: ctypes.CDLL, variant: int, dtype: torch.dtype) -> bool:
     return bool((found.double() - truth).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * truth.norm())
 
 
+def _layer_is_right(kernels: ctypes.CDLL) -> bool:
+    """Whether a small whole layer agrees with its parts in fp64; all of its channels are chosen."""
+    count, size = 5, 32
+    rows = torch.linspace(-1, 1, count * size).sin().view(count, size).bfloat16()
+    gate, up, down = (torch.linspace(0, end, size * size).cos().view(size, size).bfloat16() for end in (50, 70, 90))
+    index, output = torch.empty(size + 1, dtype=torch.int64), torch.empty_like(rows)
+    channels = torch.cat((up, down), dim=1).contiguous()
+    tensors = (rows.data_ptr(), gate.data_ptr(), channels.data_ptr())
+    found = kernels.sparse_ffn_layer(
+        *tensors, None, count, size, size, count, size, 0.0, index.data_ptr(), output.data_ptr()
+    )
+    wide = rows.double()
+    truth = (torch.nn.functional.silu(wide @ gate.double().T) * (wide @ up.double().T)) @ down.double()
+    return found == size and bool((output.double() - truth).norm() < 1e-2 * truth.norm())
+
+
 @cache
 def load() -> tuple[ctypes.CDLL, dict[torch.dtype, tuple[int, ...]]] | None:
     """The library and the kernels that run here by dtype, the fastest last; or None. Builds it where it is missing.
@@ -147,6 +169,8 @@ def load() -> tuple[ctypes.CDLL, dict[torch.dtype, tuple[int, ...]]] | None:
         for dtype, numbers in variants.items():
             if not all(_is_right(kernels, number, dtype) for number in numbers):
                 raise RuntimeError(f"it computes wrong results in {dtype}")
+        if TILES in variants[torch.bfloat16] and not _layer_is_right(kernels):
+            raise RuntimeError("it computes wrong results for a whole layer")
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip()
     except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:
@@ -240,3 +264,63 @@ def select(activations: Tensor, weights: Tensor | None, *, keep: int | None = No
     if found < 0:
         raise MemoryError(f"no memory to choose among {width} channels")
     return chosen[:found]
+
+
+def whole_layer(gate: Tensor) -> bool:
+    """Whether :func:`layer` runs here for this gate [width, hidden]."""
+    width, hidden = gate.shape
+    return gate.is_cpu and TILES in variants(gate.dtype) and width % 32 == 0 and hidden % 32 == 0
+
+
+def layer(
+    rows: Tensor,
+    gate: Tensor,
+    channels: Tensor,
+    weights: Tensor | None,
+    *,
+    ranked: int,
+    keep: int | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Gates, choice and chosen channels in one call (METHOD section 3).
+
+    Args:
+        rows: [n, hidden], bf16, on the CPU.
+        gate: [width, hidden], bf16, contiguous, for which :func:`whole_layer` holds.
+        channels: as in :func:`ffn`.
+        weights, keep, threshold: as in :func:`select`; weights is [ranked].
+        ranked: the first so many rows say which channels count.
+
+    Returns:
+        output [n, hidden], bf16, and the channels, as :func:`select` returns them.
+
+    Raises:
+        ValueError: shapes do not fit.
+        RuntimeError: no such kernel here.
+    """
+    loaded = load()
+    count, hidden = rows.shape
+    width = gate.shape[0]
+    if gate.shape[1] != hidden or channels.shape != (width, 2 * hidden) or not 0 < ranked <= count:
+        raise ValueError(f"shapes do not fit: {tuple(rows.shape)}, {tuple(gate.shape)}, {tuple(channels.shape)}")
+    if loaded is None or rows.dtype != gate.dtype or not whole_layer(gate):
+        raise RuntimeError(f"no FFN layer kernel here for {rows.dtype} and {width} channels of {hidden}")
+    rows, output = rows.contiguous(), torch.empty_like(rows)
+    chosen = torch.empty(width + 1, dtype=torch.int64)
+    found = loaded[0].sparse_ffn_layer(
+        rows.data_ptr(),
+        gate.data_ptr(),
+        channels.data_ptr(),
+        None if weights is None else weights.contiguous().data_ptr(),
+        count,
+        hidden,
+        width,
+        ranked,
+        0 if keep is None else keep,
+        threshold,
+        chosen.data_ptr(),
+        output.data_ptr(),
+    )
+    if found < 0:
+        raise MemoryError(f"no memory for {count} rows of {width} channels")
+    return output, chosen[:found]
