@@ -80,6 +80,8 @@ def _observed(density: float, layers: int, steps: int, rng: random.Random) -> di
         "similarity": [
             [1.0 if a == b else near((0.3 + 0.5 * depth[min(a, b)]) * 0.9 ** abs(a - b)) for b in span] for a in span
         ],
+        "overlap_pairs": [[9.0] * DISTANCES for _ in depth],
+        "observed": [3.0 for _ in depth],
         "steps": max(1, steps // 4),
     }
 

@@ -59,7 +59,9 @@ def _ffn(name: str, *, budget: FfnBudget, no_op: FfnBudget) -> Method:
 
 
 def _moe(name: str, budget: MoeBudget, no_op: MoeBudget) -> Method:
-    return Method(f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.", "experts.restricted"), MOE_FAMILIES)
+    return Method(
+        f"moe {name}", Sparsity(moe=budget), Sparsity(moe=no_op), ("moe.", "experts.restricted"), MOE_FAMILIES
+    )
 
 
 _BLOCKS = AttentionBudget(topk=4)

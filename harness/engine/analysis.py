@@ -64,7 +64,7 @@ class SelectionAnalysis(Probe):
         """What was observed, as plain numbers; None where nothing was.
 
         ``overlap`` [layers][distances], ``recall`` and ``oracle_recall`` [layers], ``similarity`` [layers][layers],
-        ``overlap_pairs`` and ``observed`` say how many of ``overlap`` and recalls, ``steps`` how many of ``similarity``.
+        ``overlap_pairs`` and ``observed`` count ``overlap`` and the recalls, ``steps`` counts ``similarity``.
         """
         self._compare_layers()
         return {

@@ -19,7 +19,7 @@ from harness.engine.model.verification import Verification
 from sparse.budget import AttentionBudget, Sparsity
 from sparse.experts import probabilities, route
 from sparse.ops.moe.eager import moe
-from sparse.ops.weights import MoeWeights
+from sparse.ops.weights import FfnWeights
 from tests.engine.tiny import EXTRAS, VOCAB, library_model
 
 LIMIT = 1e-4
@@ -220,14 +220,18 @@ def test_a_carved_ffn_with_all_experts_is_the_dense_one(rows: int) -> None:
         for layer, truth in zip(weights.layers, expected, strict=True):
             assert (_feed_forward(layer, data) - truth).abs().max() < LIMIT * truth.abs().max()
             if layer.moe is not None:
-                one_by_one = moe(data, torch.ones(rows, routed), layer.moe, lambda n, own, m=layer.moe: _one(m, n, own))
+                one_by_one = moe(
+                    data, torch.ones(rows, routed), layer.moe, lambda n, own, m=layer.moe: _run(m.experts[n], own)
+                )
+                if layer.moe.shared is not None:
+                    one_by_one = one_by_one + _run(layer.moe.shared, data)
                 assert (one_by_one - truth).abs().max() < LIMIT * truth.abs().max()
                 assert layer.moe.unit and not layer.moe.normalise
 
 
-def _one(weights: MoeWeights, number: int, rows: torch.Tensor) -> torch.Tensor:
-    gate, up = weights.experts[number].gate_up(rows).chunk(2, dim=-1)
-    return weights.experts[number].down(torch.nn.functional.silu(gate) * up)
+def _run(weights: FfnWeights, rows: torch.Tensor) -> torch.Tensor:
+    gate, up = weights.gate_up(rows).chunk(2, dim=-1)
+    return weights.down(torch.nn.functional.silu(gate) * up)
 
 
 def test_a_carved_ffn_runs_the_channels_of_its_experts() -> None:

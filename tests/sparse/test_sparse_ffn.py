@@ -194,7 +194,9 @@ def test_a_whole_layer_in_one_call_equals_the_reference(
         pytest.skip("this CPU has no tile registers, or no compiler")
     budget = FfnBudget(rule=rule, keep=0.6, tau=0.3, thresholds=(0.2, 0.25), mask=mask, survival=0.6)
     found, channels = eager.fused_ffn(made.rows, weights, budget, 1)
-    assert channels.tolist() == sorted(set(channels.tolist())) and (rule != "topk" or len(channels) == round(0.6 * width))
+    assert channels.tolist() == sorted(set(channels.tolist())) and (
+        rule != "topk" or len(channels) == round(0.6 * width)
+    )
     assert relative_error(found, made.truth(made.chosen(channels))) < TOLERANCE[torch.bfloat16]
     magnitudes = eager._magnitudes(eager.activations(made.rows, weights), budget).float()
     others = magnitudes[~made.chosen(channels)[0]]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse.ops.sparse_ffn import native
 
+
 def available(dtype: torch.dtype) -> bool:
     """Whether :func:`run` works here for tensors of ``dtype`` on the CPU."""
     return native.TILES in native.variants(dtype)
