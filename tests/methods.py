@@ -163,6 +163,7 @@ METHODS: tuple[Method, ...] = (
         Sparsity(_BLOCKS, _TOPK, reuse=ReuseBudget(anchors=(0, 2))),
         Sparsity(AttentionBudget(topk=_EVERYTHING), FfnBudget(rule="topk", keep=0.9999)),
         ("block_attention.torch", "sparse_ffn.", "reuse.anchor"),
+        DENSE_FAMILIES + MOE_FAMILIES,
     ),
     Method(
         "hybrid with experts",

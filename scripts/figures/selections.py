@@ -121,7 +121,8 @@ def recall(rows: Sequence[Row]) -> Figure | None:
     import matplotlib.pyplot as plt
 
     heights = [len(members) for members in grouped.values()]
-    size = (12.0, 0.3 * sum(heights) + 1.25 * len(heights) + 0.4)
+    longest = max(len(row.setting) for row in observed)
+    size = (9.0 + 0.075 * longest, 0.3 * sum(heights) + 1.25 * len(heights) + 0.4)
     options: Any = {"squeeze": False, "height_ratios": [height + 1.0 for height in heights], "layout": "constrained"}
     figure: Figure
     figure, grid = plt.subplots(len(grouped), 2, figsize=size, **options)
@@ -133,9 +134,9 @@ def recall(rows: Sequence[Row]) -> Figure | None:
             image = _heat(axis, found, low, 1.0)
             _means(axis, found)
             axis.set_xlabel("layer")
-        left.set_yticks(range(len(members)), [row.setting for row in members])
+        left.set_yticks(range(len(members)), [row.setting for row in members], fontsize=8.5)
         right.set_yticks(range(len(members)), [""] * len(members))
-        left.set_title(f"{task} ({data}), {model} on {device}", loc="left", pad=20, fontweight="bold")
+        left.set_title(f"{task} ({data})\n{model} on {device}", loc="left", pad=20, fontweight="bold")
         for axis, text in ((left, "selected blocks"), (right, "best blocks (oracle)")):
             axis.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
     figure.colorbar(image, ax=list(grid.flat), label="recall of attention mass", pad=0.02, aspect=30)
@@ -163,7 +164,7 @@ def _heat(axis: Axes, data: NDArray[np.float64], low: float, high: float) -> Any
     axis.grid(visible=False)
     for side in ("top", "right", "bottom", "left"):
         axis.spines[side].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return image
 
 

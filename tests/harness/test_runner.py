@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from harness import build, runner
-from harness.engine.model import attention
+from harness.engine.model import attention, shapes
 from harness.evidence import provenance
 from harness.schema import Config, resolve
+from sparse import experts
 from sparse.budget import FfnBudget, ReuseBudget
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,26 @@ TINY = (
     *("model=shape", "model.arch=smollm2_135m", "model.layers=2", "model.dtype=float32", "track=none"),
     *("task.limit=3", "task.max_new_tokens=12", "engine.threads=1", "attn.topk=8", "engine.warmup=0"),
 )
+TINY_MOE = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "vocab_size": 320,
+    "max_position_embeddings": 8192,
+}
 Compose = Callable[..., dict[str, Any]]
+
+
+def route_as_usual(chances: Any, weights: Any, budget: Any, layer: int) -> Any:
+    """What `restrict` would do if its budget had no effect."""
+    combine = experts.route(chances, weights)
+    pairs, union = int(combine.count_nonzero()), int(combine.any(0).sum())
+    return combine, experts.Restriction(pairs, pairs, 0, 0, 0, 0, union, union)
 
 
 @pytest.fixture
@@ -101,8 +121,13 @@ def test_other_sources_make_a_stored_run_stale(
         ((FfnBudget, "applies", lambda *_: False), ("ffn=topk",), "sparse_ffn"),
         ((ReuseBudget, "retrieves", lambda *_: True), ("reuse=anchors",), "reuse.anchor"),
         ((ReuseBudget, "skips", lambda *_: False), ("reuse=skips", "reuse.skip_layers=[1]"), "reuse.skip_retrieval"),
+        (
+            (experts, "restrict", route_as_usual),
+            ("model.arch=tiny_moe", "attn=dense", "moe=union"),
+            "experts.restricted",
+        ),
     ],
-    ids=["attention", "ffn", "anchors", "skips"],
+    ids=["attention", "ffn", "anchors", "skips", "experts"],
 )
 def test_a_mechanism_that_never_ran_makes_the_run_invalid(
     configured: Callable[..., Config],
@@ -112,6 +137,7 @@ def test_a_mechanism_that_never_ran_makes_the_run_invalid(
     counter: str,
 ) -> None:
     """Each mechanism is broken on purpose, so that it silently does nothing."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny_moe", TINY_MOE)
     config = configured("task.limit=1", *overrides)
     monkeypatch.setattr(*broken)
     with pytest.raises(runner.RunFailed, match="invalid"):
