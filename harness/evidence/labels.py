@@ -21,6 +21,7 @@ BUDGET_KEYS = {
 
 _TASK_LABELS = {"bucket": "{}", "context_tokens": "{} tok", "depth": "depth {}"}
 _NOT_SETTING = ("track", "results_dir", "rerun", "stale", "hydra", "arms", "analysis")
+_FILES = ("calibration", "file_hashes")
 _SHOWN_ELSEWHERE = (
     *("task.name", "task.source", "task.data_files", "task.data_sha256", "task.bucket", "task.context_tokens"),
     *("task.depth", "model.name", *(f"{group}.name" for group in GROUPS.values())),
@@ -85,7 +86,8 @@ def setting_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     Peers have the same task, data and model. A key counts where a peer has it with another value; keys of a sparsity
     group only where the peer made the same choice there, and not at the value that most of these have.
     """
-    flat = [flatten({key: value for key, value in config.items() if key not in _NOT_SETTING}) for config in configs]
+    unnamed = (*_NOT_SETTING, *_FILES)
+    flat = [flatten({key: value for key, value in config.items() if key not in unnamed}) for config in configs]
     places = [(task_label(config), data_label(config), name_of(config, "model")) for config in configs]
     labels = []
     for config, own, place in zip(configs, flat, places, strict=True):
