@@ -52,7 +52,7 @@ class Watch(Probe):
 
     Attributes:
         mass: per layer, [kv_heads, groups, whole blocks], fp64, attention mass, mean over the step's tokens.
-        combine: per layer with experts, [tokens, experts], probabilities of the experts that run, zero for the others.
+        combine: per layer with experts, [tokens, experts], share of each expert that runs in its token's routing.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -68,7 +68,8 @@ class Watch(Probe):
 
     def routed(self, layer: int, probabilities: Tensor, combine: Tensor) -> Tensor:
         """Keep the routing."""
-        self.combine[layer] = probabilities * (combine != 0)
+        chosen = probabilities * (combine != 0)
+        self.combine[layer] = chosen / chosen.sum(-1, keepdim=True)
         return combine
 
 

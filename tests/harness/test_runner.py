@@ -123,7 +123,7 @@ def test_other_sources_make_a_stored_run_stale(
         ((ReuseBudget, "skips", lambda *_: False), ("reuse=skips", "reuse.skip_layers=[1]"), "reuse.skip_retrieval"),
         (
             (experts, "restrict", route_as_usual),
-            ("model.arch=tiny_moe", "attn=dense", "moe=union"),
+            ("model.arch=tiny_moe", "moe=union"),
             "experts.restricted",
         ),
     ],
