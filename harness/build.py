@@ -12,6 +12,7 @@ import torch
 
 import tasks
 from harness import budgets, models, schema
+from harness.budgets import SPARSE_ARMS
 from harness.calibration import Calibration
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
@@ -26,7 +27,6 @@ from sparse.cost import ModelShape
 from tasks.base import HubSource, Task, TaskSettings
 from tasks.prompting import Prepared, prepare
 
-SPARSE_ARMS = ("sparse", "sparse_ar")
 DRAFTING_ARMS = ("dense", "sparse")
 _MEMORY_SHARE = 0.9
 
@@ -130,8 +130,7 @@ def plan(config: Config) -> Plan:
         max_prompt_tokens=prompt_limit,
     )
     capacity = max(len(item.ids) for item in prepared) + config.task.max_new_tokens
-    if set(SPARSE_ARMS) & set(config.arms):
-        budgets.check_lengths(config, sparsity.attention, capacity)
+    budgets.check_lengths(config, sparsity.attention, capacity)
     _check_memory(config, shape, capacity, device)
     required = budgets.required_paths(sparsity)
     return Plan(

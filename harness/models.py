@@ -139,7 +139,7 @@ def file_sha256(key: str, file: Path) -> str:
         ConfigError: it cannot be read; one line.
     """
     try:
-        return hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
+        return healing.file_sha256(file.expanduser())
     except OSError as error:
         hint = f"; make it with {carving.COMMAND}" if key == "model.path" else ""
         raise ConfigError(f"{key}={file}: cannot be read ({error.strerror}){hint}") from error

@@ -88,7 +88,7 @@ def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, laye
     Returns:
         ``combine`` as in :func:`route`, and the counters.
     """
-    plain = budget.rule == "dense" and budget.outside == "substitute" and budget.union is not None
+    plain = budget.rule == "dense" and budget.outside == "substitute"
     if plain and budget.union is not None and native.routes(probabilities):
         limit = min(budget.union, probabilities.shape[1])
         combine, (wanted, kept, substituted, union_dense, union) = _native(
