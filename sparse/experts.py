@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse.budget import MoeBudget
 from sparse.ops.moe import native
 from sparse.ops.weights import MoeWeights
+from sparse.tree import Tree, survival_weights
 
 _FEW_ROWS = 64
 """Most tokens that the routing kernel takes: it runs on one core."""
@@ -73,7 +74,9 @@ def route(probabilities: Tensor, weights: MoeWeights) -> Tensor:
     return chosen / chosen.sum(-1, keepdim=True) if weights.normalise else chosen
 
 
-def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, layer: int) -> tuple[Tensor, Restriction]:
+def restrict(
+    probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, layer: int, tree: Tree | None = None
+) -> tuple[Tensor, Restriction]:
     """Routing under a budget: the rule per token, the budget on the union, then what is loaded anyway.
 
     The weights of a token's remaining experts are scaled to the sum that its dense top-k has; unit models count each
@@ -84,12 +87,13 @@ def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, laye
         weights: top_k, and how the weights of the chosen experts count.
         budget: what may be skipped.
         layer: decoder layer, for calibrated medians.
+        tree: of the tokens, whose depth says how likely they survive; None for a chain.
 
     Returns:
         ``combine`` as in :func:`route`, and the counters.
     """
     plain = budget.rule == "dense" and budget.outside == "substitute"
-    if plain and budget.union is not None and native.routes(probabilities):
+    if plain and tree is None and budget.union is not None and native.routes(probabilities):
         limit = min(budget.union, probabilities.shape[1])
         combine, (wanted, kept, substituted, union_dense, union) = _native(
             probabilities, weights, limit, budget.survival
@@ -100,7 +104,7 @@ def restrict(probabilities: Tensor, weights: MoeWeights, budget: MoeBudget, laye
     rule = _mark(probabilities, top.indices, _kept_by_rule(top.values, budget, layer))
     runs, inside = rule, rule
     if budget.union is not None and budget.union < probabilities.shape[1]:
-        loaded = _loaded(probabilities, dense, rule, weights, budget)
+        loaded = _loaded(probabilities, dense, rule, weights, budget, tree)
         inside = rule & loaded
         runs = _inside_union(probabilities, rule, inside, loaded, budget.outside, weights.top_k)
     final = runs | (dense & runs.any(0)) if budget.free_loaded else runs
@@ -162,11 +166,12 @@ def _kept_by_rule(values: Tensor, budget: MoeBudget, layer: int) -> Tensor | Non
     return None
 
 
-def _loaded(probabilities: Tensor, dense: Tensor, rule: Tensor, weights: MoeWeights, budget: MoeBudget) -> Tensor:
+def _loaded(
+    probabilities: Tensor, dense: Tensor, rule: Tensor, weights: MoeWeights, budget: MoeBudget, tree: Tree | None
+) -> Tensor:
     """[experts], bool: the best ``budget.union`` of the experts that a token still wants."""
     assert budget.union is not None
-    depth = torch.arange(probabilities.shape[0], dtype=probabilities.dtype, device=probabilities.device)
-    survival = torch.pow(budget.survival, depth)[:, None]
+    survival = survival_weights(probabilities.shape[0], budget.survival, probabilities.device, tree)[:, None]
     if weights.normalise:
         survival = survival / (probabilities * dense).sum(-1, keepdim=True)
     wanted = rule.any(0)

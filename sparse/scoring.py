@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse.budget import AttentionBudget
+from sparse.tree import Tree, survival_weights
 
 SUMMARIES = ("mean", "min", "max", "variance")
 
@@ -38,7 +39,9 @@ def summarise_blocks(keys: Tensor, block_size: int, name: str) -> Tensor:
     raise ValueError(f"summary {name!r} is not one of {SUMMARIES}")
 
 
-def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: AttentionBudget, groups: int) -> Tensor:
+def block_scores(
+    queries: Tensor, summaries: Mapping[str, Tensor], budget: AttentionBudget, groups: int, tree: Tree | None = None
+) -> Tensor:
     """One score per KV head and block (METHOD section 2: score, query and GQA reduction).
 
     Args:
@@ -46,6 +49,7 @@ def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: Atten
         summaries: the summaries that ``budget.summaries`` names, each [kv_heads, head_dim, blocks].
         budget: score (``mean``, ``bound`` or ``gaussian``), query and GQA switches.
         groups: query heads per KV head.
+        tree: of the step's tokens, for weighted queries; None for a chain.
 
     Returns:
         [kv_heads, blocks], fp32. Only their order within a KV head has a meaning.
@@ -54,7 +58,7 @@ def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: Atten
     if budget.query == "first":
         queries = queries[:, :groups]
     elif budget.query in ("mean", "weighted"):
-        queries = _over_rows(queries.view(heads, -1, groups, head_dim), budget)
+        queries = _over_rows(queries.view(heads, -1, groups, head_dim), budget, tree)
     if budget.score == "mean":
         if budget.gqa == "mean" and budget.query != "max":
             return torch.bmm(queries.mean(1, keepdim=True), summaries["mean"]).squeeze(1).float()
@@ -69,13 +73,14 @@ def block_scores(queries: Tensor, summaries: Mapping[str, Tensor], budget: Atten
     return scores.mean(1) if budget.gqa == "mean" else scores.amax(1)
 
 
-def mass_scores(mass: Tensor, budget: AttentionBudget, groups: int) -> Tensor:
+def mass_scores(mass: Tensor, budget: AttentionBudget, groups: int, tree: Tree | None = None) -> Tensor:
     """Block scores from attention mass, the oracle (METHOD section 2).
 
     Args:
         mass: [kv_heads, rows * groups, blocks], share of each row's attention, from ``attention_mass``.
         budget: query and GQA switches.
         groups: query heads per KV head.
+        tree: as in :func:`block_scores`.
 
     Returns:
         [kv_heads, blocks], fp32.
@@ -85,14 +90,13 @@ def mass_scores(mass: Tensor, budget: AttentionBudget, groups: int) -> Tensor:
     if budget.query == "first":
         scores = rows[:, 0]
     else:
-        scores = rows.amax(1) if budget.query == "max" else _over_rows(rows, budget)
+        scores = rows.amax(1) if budget.query == "max" else _over_rows(rows, budget, tree)
     return scores.mean(1) if budget.gqa == "mean" else scores.amax(1)
 
 
-def _over_rows(values: Tensor, budget: AttentionBudget) -> Tensor:
-    """Mean of [heads, rows, ...] over the rows, the n-th row counting survival ** n for ``weighted`` queries."""
+def _over_rows(values: Tensor, budget: AttentionBudget, tree: Tree | None) -> Tensor:
+    """Mean of [heads, rows, ...] over the rows, a row at depth n counting survival ** n for ``weighted`` queries."""
     if budget.query == "mean":
         return values.mean(1)
-    weights = budget.survival ** torch.arange(values.shape[1], device=values.device, dtype=torch.float32)
-    weights = (weights / weights.sum()).to(values.dtype)
-    return torch.einsum("r,hr...->h...", weights, values)
+    weights = survival_weights(values.shape[1], budget.survival, values.device, tree)
+    return torch.einsum("r,hr...->h...", weights.to(values.dtype), values)

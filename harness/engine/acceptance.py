@@ -3,24 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from harness.engine.drafting.draft import Draft
 
 
-def accept_greedy(draft: Sequence[int], choices: Sequence[int]) -> list[int]:
-    """Keep the draft as long as it equals the target's greedy choices, then add the target's own next token.
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a step keeps.
+
+    Attributes:
+        path: accepted draft tokens by their numbers, the root's child first; may be empty.
+        bonus: the token after them, the target's own.
+    """
+
+    path: tuple[int, ...]
+    bonus: int
+
+    def tokens(self, draft: Draft) -> list[int]:
+        """The new tokens: accepted ones and the bonus token, 1 + len(path)."""
+        return [*(draft.tokens[node] for node in self.path), self.bonus]
+
+
+class Rule(Protocol):
+    """How a target's logits become accepted tokens."""
+
+    def judge(self, logits: Tensor) -> Any:
+        """What :meth:`accept` needs of logits [tokens, vocab], in one pass for all sequences; sliced by token."""
+
+    def accept(self, draft: Draft, judged: Any, random: Random) -> Accepted:
+        """What is kept of ``draft``.
+
+        Args:
+            draft: may be empty.
+            judged: the slice of the root and the draft, 1 + len(draft) tokens.
+            random: of the sequence; two decodes with the same state draw alike.
+        """
+
+
+class Greedy:
+    """The most probable token at every position."""
+
+    def judge(self, logits: Tensor) -> list[int]:
+        """The target's greedy choices."""
+        choices: list[int] = logits.argmax(-1).tolist()
+        return choices
+
+    def accept(self, draft: Draft, judged: Sequence[int], random: Random) -> Accepted:
+        """:func:`accept_greedy`; draws nothing."""
+        return accept_greedy(draft, judged)
+
+
+def accept_greedy(draft: Draft, choices: Sequence[int]) -> Accepted:
+    """Follow the draft as long as a child equals the target's greedy choice, then add the target's own next token.
 
     Args:
-        draft: proposed tokens, d_1 .. d_n; may be empty.
-        choices: the target's greedy tokens after the root and after each draft token, n + 1 of them.
+        draft: may be empty.
+        choices: the target's greedy tokens after the root and after each draft token, 1 + len(draft) of them.
 
     Returns:
-        Accepted draft tokens and one bonus token: between 1 and n + 1 tokens (METHOD section 1).
+        Between 1 and 1 + depth new tokens (METHOD section 1).
 
     Raises:
         ValueError: ``choices`` does not have one token more than ``draft``.
     """
-    if len(choices) != len(draft) + 1:
-        raise ValueError(f"{len(draft)} draft tokens need {len(draft) + 1} choices, got {len(choices)}")
-    accepted = 0
-    while accepted < len(draft) and draft[accepted] == choices[accepted]:
-        accepted += 1
-    return list(choices[: accepted + 1])
+    check_opinions(draft, len(choices))
+    path: list[int] = []
+    place = -1
+    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        if parent == place and token == choices[place + 1]:
+            path.append(node)
+            place = node
+    return Accepted(tuple(path), choices[place + 1])
+
+
+def check_opinions(draft: Draft, opinions: int) -> None:
+    """Refuse opinions that do not belong to a draft: there is one for the root and one for each token.
+
+    Raises:
+        ValueError: another number.
+    """
+    if opinions != len(draft) + 1:
+        raise ValueError(f"{len(draft)} draft tokens need {len(draft) + 1} opinions of the target, got {opinions}")

@@ -83,7 +83,7 @@ class SelectionAnalysis(Probe):
         rows = view.queries.shape[1] // view.groups
         masks = []
         for row in range(rows):
-            alone = replace(view, queries=view.queries[:, row * view.groups : (row + 1) * view.groups])
+            alone = replace(view, queries=view.queries[:, row * view.groups : (row + 1) * view.groups], tree=None)
             alone = replace(alone, length=view.start + 1) if budget.score == "oracle" else alone
             masks.append(select_blocks(scores(budget, alone), budget, keep).mask(blocks))
         self._masks[layer] = masks[0].flatten().cpu()
@@ -92,7 +92,9 @@ class SelectionAnalysis(Probe):
                 shared = (masks[first] & masks[second]).sum() / masks[first].sum()
                 self.overlap[layer, second - first - 1] += shared.item()
                 self.pairs[layer, second - first - 1] += 1
-        mass = attention_mass(view.queries, view.keys, view.start, view.length, budget.block_size, view.groups)
+        mass = attention_mass(
+            view.queries, view.keys, view.start, view.length, budget.block_size, view.groups, view.tree
+        )
         outside = 1 - mass.sum(-1).mean().item()
         best = select_blocks(mass.mean(1), self._best, keep).mask(blocks)
         chosen = torch.ones_like(best) if selection is None else selection.mask(blocks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -112,6 +115,29 @@ class KVCache:
             raise ValueError(f"cannot truncate a row of {self.lengths[row]} positions to {length}")
         self.lengths[row] = length
         self._summarised[row] = min(self._summarised[row], length // self.block_size)
+
+    def compact(self, row: int, length: int, kept: Sequence[int]) -> None:
+        """Keep the branch of a draft tree that was accepted and forget the rest; nothing is computed again.
+
+        Args:
+            row: of the cache.
+            length: positions before the step that wrote the tree.
+            kept: tokens of the step to keep, as numbers from 0 (the root) on, ascending; they move together.
+
+        Raises:
+            ValueError: ``kept`` does not ascend, or reaches beyond the valid positions.
+        """
+        if any(later <= earlier for earlier, later in pairwise(kept)):
+            raise ValueError(f"the tokens {list(kept)} do not ascend")
+        if kept and not 0 <= kept[0] <= kept[-1] < self.lengths[row] - length:
+            raise ValueError(f"the tokens {list(kept)} do not lie in a step of {self.lengths[row] - length}")
+        for place, token in enumerate(kept):
+            if place != token:
+                page, inside = divmod(length + token, PAGE)
+                new_page, new_inside = divmod(length + place, PAGE)
+                self._keys[:, row, new_page, :, :, new_inside] = self._keys[:, row, page, :, :, inside]
+                self._values[:, row, new_page, :, new_inside] = self._values[:, row, page, :, inside]
+        self.truncate(row, length + len(kept))
 
     def refresh_summaries(self, row: int = 0) -> None:
         """Summarise the blocks of ``row`` that became whole since the last call, in all layers at once."""

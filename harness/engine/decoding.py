@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from harness.engine.acceptance import accept_greedy
+from harness.engine.acceptance import Greedy, Rule
 from harness.engine.cache import KVCache
 from harness.engine.drafting.base import Drafter
+from harness.engine.drafting.draft import Draft
 from harness.engine.model.probe import Probe
-from harness.engine.model.step import Step
+from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
 from sparse.budget import Sparsity
 from sparse.cost import trace_bytes, trace_flops
@@ -65,35 +67,65 @@ class StopRule:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A prefilled prompt that several arms decode from; the cache is rolled back to it before each.
+    """A prefilled prompt that several arms decode from; its row of the cache is rolled back to it before each.
 
     Attributes:
         prompt: token ids.
-        first: the greedy token after the prompt; its cost belongs to the prefill.
+        row: of the cache.
+        seed: of everything that decoding this prompt draws.
+        first: the token after the prompt; its cost belongs to the prefill.
+        features: of all prompt tokens, where the step has taps.
         seconds: wall-clock of the prefill.
         summary_seconds: wall-clock of the block summaries that only sparse arms need.
     """
 
     prompt: tuple[int, ...]
+    row: int
+    seed: int
     first: int
+    features: Tensor | None
     seconds: float
     summary_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTaken:
+    """One step of a decode, as far as a replay needs it.
+
+    Attributes:
+        draft: what was proposed.
+        path: accepted draft tokens.
+        kept: tokens that the step added to the output; an answer's end may cut the path.
+    """
+
+    draft: Draft
+    path: tuple[int, ...]
+    kept: int
+
+    @property
+    def rows(self) -> list[int]:
+        """The step's tokens that stayed in the sequence, as numbers from 0, the root, on; ``kept`` of them."""
+        return [0, *(node + 1 for node in self.path)][: self.kept]
 
 
 @dataclass(slots=True)
 class Decoded:
     """What one arm did with one prompt.
 
+    Sequences that are decoded together share each step's time and traffic evenly, so that sums over sequences are
+    wall-clock and traffic.
+
     Attributes:
         output: token ids, the prefill's token first.
-        seconds: wall-clock of decoding without prefill.
+        seconds: wall-clock of decoding without prefill, this sequence's share.
         ttft_seconds: wall-clock to the first token: prefill, and summaries or draft index where the arm needs them.
         histogram: steps by the number of new tokens they yielded (METHOD section 8).
         step_seconds: wall-clock of each step, drafting and acceptance included.
-        draft_seconds, accept_seconds: their totals.
-        bytes, flops: totals over all steps from the cost model.
-        transcript: each step's draft and the number of tokens that it added to ``output``.
-        trace: counters.
+        draft_seconds, accept_seconds: this sequence's share of their totals.
+        bytes, flops: this sequence's share of the cost model's totals.
+        transcript: each step.
+        trace: counters of all sequences that were decoded together.
+        leads: whether this is the first of these sequences, so that sums over sequences count ``trace`` once.
     """
 
     output: list[int]
@@ -105,12 +137,25 @@ class Decoded:
     accept_seconds: float = 0.0
     bytes: float = 0.0
     flops: float = 0.0
-    transcript: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    transcript: list[StepTaken] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
+    leads: bool = True
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A prompt while it is decoded."""
+
+    prefix: Prefix
+    drafter: Drafter
+    result: Decoded
+    random: Random
+    finished: bool = False
+    draft: Draft = field(default_factory=Draft)
 
 
 class Decoder:
-    """Greedy speculative decoding of one sequence at a time.
+    """Speculative decoding of one sequence or several at a time.
 
     Args:
         step: of the target model.
@@ -118,56 +163,110 @@ class Decoder:
         stop: when an answer ends.
         clock: seconds, device work included; on the CPU it also times the components of each step.
         prefill_chunk: tokens per forward pass of the prefill.
+        rule: how drafts are accepted.
+        batch: sequences that run in one step at most; at most the rows of the cache.
     """
 
     def __init__(
-        self, step: Step, cache: KVCache, *, stop: StopRule, clock: Callable[[], float], prefill_chunk: int
+        self,
+        step: Step,
+        cache: KVCache,
+        *,
+        stop: StopRule,
+        clock: Callable[[], float],
+        prefill_chunk: int,
+        rule: Rule | None = None,
+        batch: int = 1,
     ) -> None:
         self._step = step
         self._cache = cache
         self._stop = stop
         self._clock = clock
         self._chunk = prefill_chunk
+        self._rule = rule or Greedy()
+        self._batch = batch
         self._component_clock = clock if step.weights.device.type == "cpu" else None
 
-    def prefill(self, prompt: Sequence[int]) -> Prefix:
+    def prefill(self, prompt: Sequence[int], row: int = 0, seed: int = 0) -> Prefix:
         """Dense prefill of ``prompt``; the start of every arm (one prefill shared by all).
+
+        Args:
+            prompt: token ids.
+            row: of the cache; what it held is forgotten.
+            seed: of everything that decoding this prompt draws.
 
         Raises:
             ValueError: the prompt is empty, or longer than the cache or the model's positions.
         """
-        self._cache.truncate(0, 0)
+        self._cache.truncate(row, 0)
         start = self._clock()
-        logits = self._step.prefill(self._tensor(prompt), self._cache, self._chunk)
-        first = int(logits.argmax())
+        tokens = torch.tensor(prompt, dtype=torch.int64, device=self._step.weights.device)
+        output = self._step.prefill(tokens, self._cache, self._chunk, row)
+        first = self._rule.accept(Draft(), self._rule.judge(output.logits[None]), Random(f"{seed} prefill")).bonus
         middle = self._clock()
-        self._cache.refresh_summaries()
-        return Prefix(tuple(prompt), first, middle - start, self._clock() - middle)
+        self._cache.refresh_summaries(row)
+        summary_seconds = self._clock() - middle
+        return Prefix(tuple(prompt), row, seed, first, output.features, middle - start, summary_seconds)
 
     def decode(self, prefix: Prefix, drafter: Drafter, sparsity: Sparsity, max_new_tokens: int) -> Decoded:
-        """Decode up to ``max_new_tokens`` tokens after ``prefix``, the prefill's token included.
+        """:meth:`decode_all` of one prompt."""
+        return self.decode_all([prefix], [drafter], sparsity, max_new_tokens)[0]
+
+    def decode_all(
+        self, prefixes: Sequence[Prefix], drafters: Sequence[Drafter], sparsity: Sparsity, max_new_tokens: int
+    ) -> list[Decoded]:
+        """Decode up to ``max_new_tokens`` tokens after each prefix, the prefill's token included.
+
+        As many sequences as the decoder's batch allows run together; when one has finished, the next one enters.
+
+        Args:
+            prefixes: each in its own row of the cache.
+            drafters: one per prefix.
+            sparsity: budgets of all of them.
+            max_new_tokens: of each.
 
         Raises:
             ValueError: the cache is too small.
         """
-        cache, clock = self._cache, self._clock
-        cache.truncate(0, len(prefix.prompt))
+        clock = self._clock
         run = Verification(sparsity, Trace(clock=self._component_clock))
-        result = Decoded([prefix.first], trace=run.trace)
-        start = clock()
-        drafter.reset(prefix.prompt)
-        drafter.observe(result.output)
-        summaries = prefix.summary_seconds if sparsity.attention.summaries else 0.0
-        result.ttft_seconds = prefix.seconds + summaries + (clock() - start)
-        finished = self._stop.cut(result.output, 1) is not None
+        sequences = [self._start(prefix, drafter, run) for prefix, drafter in zip(prefixes, drafters, strict=True)]
+        sequences[0].result.leads = True
+        waiting = [one for one in sequences if not one.finished and max_new_tokens > 1]
+        active: list[_Sequence] = []
         began = clock()
-        while not finished and len(result.output) < max_new_tokens:
-            finished = self._one_step(result, drafter, run, max_new_tokens)
-        result.seconds = clock() - began
-        shape = self._step.weights.shape
-        result.bytes = trace_bytes(shape, sparsity.attention, run.trace)
-        result.flops = trace_flops(shape, run.trace)
-        return result
+        while waiting or active:
+            free = self._batch - len(active)
+            active, waiting = active + waiting[:free], waiting[free:]
+            self._one_step(active, run, max_new_tokens)
+            active = [one for one in active if not one.finished]
+        self._share([one.result for one in sequences], clock() - began, run)
+        return [one.result for one in sequences]
+
+    def _start(self, prefix: Prefix, drafter: Drafter, run: Verification) -> _Sequence:
+        """Roll the row back to the prompt and tell the drafter."""
+        self._cache.truncate(prefix.row, len(prefix.prompt))
+        result = Decoded([prefix.first], trace=run.trace, leads=False)
+        start = self._clock()
+        features = prefix.features
+        drafter.reset(prefix.prompt, None if features is None else features[:-1], prefix.seed)
+        drafter.observe(result.output, None if features is None else features[-1:])
+        summaries = prefix.summary_seconds if run.sparsity.attention.summaries else 0.0
+        result.ttft_seconds = prefix.seconds + summaries + (self._clock() - start)
+        finished = self._stop.cut(result.output, 1) is not None
+        return _Sequence(prefix, drafter, result, Random(f"{prefix.seed} decode"), finished)
+
+    def _share(self, results: list[Decoded], seconds: float, run: Verification) -> None:
+        """Give each sequence its share of what all of them took together."""
+        shape, trace = self._step.weights.shape, run.trace
+        taken = sum(result.seconds for result in results)
+        steps = sum(len(result.step_seconds) for result in results)
+        total_bytes = trace_bytes(shape, run.sparsity.attention, trace)
+        total_flops = trace_flops(shape, trace)
+        for result in results:
+            result.seconds *= seconds / taken if taken else 0.0
+            result.bytes = total_bytes * len(result.step_seconds) / steps if steps else 0.0
+            result.flops = total_flops * len(result.step_seconds) / steps if steps else 0.0
 
     def replay(self, prefix: Prefix, decoded: Decoded, sparsity: Sparsity, probe: Probe | None = None) -> list[Tensor]:
         """Run the steps of ``decoded`` again under ``sparsity``, each with the same draft and from the same tokens.
@@ -184,43 +283,59 @@ class Decoder:
         Returns:
             Per step the logits after the last accepted token and each draft token, [rows, vocab].
         """
-        cache = self._cache
-        cache.truncate(0, len(prefix.prompt))
+        cache, row = self._cache, prefix.row
+        cache.truncate(row, len(prefix.prompt))
         run = Verification(sparsity, probe=probe)
         logits, position = [], 0
-        for draft, kept in decoded.transcript:
-            length = cache.lengths[0]
-            tokens = self._tensor([decoded.output[position], *draft])
-            logits.append(self._step.verify(tokens[None], cache, run)[0])
-            cache.truncate(0, length + kept)
-            position += kept
+        for taken in decoded.transcript:
+            length = cache.lengths[row]
+            segment = self._segment(row, decoded.output[position], taken.draft)
+            logits.append(self._step.run([segment], cache, run).logits)
+            cache.compact(row, length, taken.rows)
+            position += taken.kept
         return logits
 
-    def _one_step(self, result: Decoded, drafter: Drafter, run: Verification, max_new_tokens: int) -> bool:
-        """One step; returns whether the answer ended."""
+    def _one_step(self, active: list[_Sequence], run: Verification, max_new_tokens: int) -> None:
+        """Draft, verify and accept for all active sequences."""
         cache, clock = self._cache, self._clock
         begun = clock()
-        draft = drafter.propose(max_new_tokens - len(result.output) - 1)
+        for one in active:
+            one.draft = one.drafter.propose(max_new_tokens - len(one.result.output) - 1)
         drafted = clock()
-        length = cache.lengths[0]
-        logits = self._step.verify(self._tensor([result.output[-1], *draft])[None], cache, run)
-        choices = logits[0].argmax(-1).tolist()
+        lengths = [cache.lengths[one.prefix.row] for one in active]
+        segments = [self._segment(one.prefix.row, one.result.output[-1], one.draft) for one in active]
+        output = self._step.run(segments, cache, run)
+        judged = self._rule.judge(output.logits)
         verified = clock()
-        kept = accept_greedy(draft, choices)
-        cache.truncate(0, length + len(kept))
+        place = 0
+        for one, length in zip(active, lengths, strict=True):
+            own = slice(place, place + 1 + len(one.draft))
+            features = None if output.features is None else output.features[own]
+            self._accept(one, length, judged[own], features, max_new_tokens)
+            place = own.stop
+        ended = clock()
+        for one in active:
+            result = one.result
+            result.draft_seconds += (drafted - begun) / len(active)
+            result.accept_seconds += (ended - verified) / len(active)
+            result.seconds += (ended - begun) / len(active)
+            result.step_seconds.append(ended - begun)
+
+    def _accept(self, one: _Sequence, length: int, judged: Any, features: Tensor | None, max_new_tokens: int) -> None:
+        """Keep what the rule accepts of one sequence's draft."""
+        result, draft = one.result, one.draft
+        accepted = self._rule.accept(draft, judged, one.random)
+        kept, rows = accepted.tokens(draft), [0, *(node + 1 for node in accepted.path)]
+        self._cache.compact(one.prefix.row, length, rows)
         result.output.extend(kept)
         stop = self._stop.cut(result.output, len(kept))
         if stop is not None:
             kept = kept[: len(kept) - (len(result.output) - stop)]
             del result.output[stop:]
-        drafter.observe(kept)
+        one.drafter.observe(kept, None if features is None else features[rows[: len(kept)]])
+        one.finished = stop is not None or len(result.output) >= max_new_tokens
         result.histogram[len(kept)] += 1
-        result.transcript.append((tuple(draft), len(kept)))
-        ended = clock()
-        result.draft_seconds += drafted - begun
-        result.accept_seconds += ended - verified
-        result.step_seconds.append(ended - begun)
-        return stop is not None
+        result.transcript.append(StepTaken(replace(draft, proposals=None), accepted.path, len(kept)))
 
-    def _tensor(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self._step.weights.device)
+    def _segment(self, row: int, root: int, draft: Draft) -> Segment:
+        return Segment(row, [root, *draft.tokens], draft.tree(self._step.weights.device))

@@ -40,12 +40,13 @@ def compare(dense: Sequence[Tensor], sparse: Sequence[Tensor], decoded: Decoded)
     """
     tokens = agreeing = flips = 0
     kl = 0.0
-    for ours, theirs, (draft, kept) in zip(dense, sparse, decoded.transcript, strict=True):
-        choices, others = ours.argmax(-1).tolist(), theirs.argmax(-1).tolist()
-        tokens += kept
-        agreeing += sum(a == b for a, b in zip(choices[:kept], others[:kept], strict=True))
-        flips += len(accept_greedy(draft, choices)) != len(accept_greedy(draft, others))
-        log_dense = functional.log_softmax(ours[:kept].float(), -1)
-        log_sparse = functional.log_softmax(theirs[:kept].float(), -1)
+    for ours, theirs, taken in zip(dense, sparse, decoded.transcript, strict=True):
+        choices, others, rows = ours.argmax(-1).tolist(), theirs.argmax(-1).tolist(), taken.rows
+        tokens += taken.kept
+        agreeing += sum(choices[row] == others[row] for row in rows)
+        lengths = [len(accept_greedy(taken.draft, opinions).path) for opinions in (choices, others)]
+        flips += lengths[0] != lengths[1]
+        log_dense = functional.log_softmax(ours[rows].float(), -1)
+        log_sparse = functional.log_softmax(theirs[rows].float(), -1)
         kl += float(functional.kl_div(log_sparse, log_dense, reduction="sum", log_target=True))
     return Fidelity(tokens, agreeing, kl, len(decoded.transcript), flips)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness.engine.decoding import StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
+from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model.families import FAMILIES
 from sparse.budget import AttentionBudget, Sparsity
@@ -20,8 +22,8 @@ GENERATE = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "p
 class WrongDrafter(NoDrafter):
     """Always proposes the same tokens, nearly always wrong ones."""
 
-    def propose(self, limit: int) -> list[int]:
-        return [3, 3, 3][:limit]
+    def propose(self, limit: int) -> Draft:
+        return Draft.chain([3, 3, 3][:limit])
 
 
 class OracleDrafter(NoDrafter):
@@ -30,14 +32,14 @@ class OracleDrafter(NoDrafter):
     def __init__(self, prompt: int, continuation: Sequence[int]) -> None:
         self.known, self.start, self.seen = list(continuation), prompt, 0
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         self.seen = 0
 
-    def observe(self, tokens: Sequence[int]) -> None:
+    def observe(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self.seen += len(tokens)
 
-    def propose(self, limit: int) -> list[int]:
-        return self.known[self.seen : self.seen + min(6, limit)]
+    def propose(self, limit: int) -> Draft:
+        return Draft.chain(self.known[self.seen : self.seen + min(6, limit)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

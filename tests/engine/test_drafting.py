@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from harness.engine.acceptance import accept_greedy
 from harness.engine.drafting.base import NoDrafter
+from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.lookup import LookupDrafter
 
 
@@ -16,12 +17,19 @@ from harness.engine.drafting.lookup import LookupDrafter
 def test_greedy_acceptance_keeps_the_common_start_and_one_more(
     draft: list[int], choices: list[int], kept: list[int]
 ) -> None:
-    assert accept_greedy(draft, choices) == kept
+    chain = Draft.chain(draft)
+    assert accept_greedy(chain, choices).tokens(chain) == kept
 
 
 def test_greedy_acceptance_needs_one_choice_more_than_drafts() -> None:
-    with pytest.raises(ValueError, match="choices"):
-        accept_greedy([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="opinions"):
+        accept_greedy(Draft.chain([1, 2]), [1, 2])
+
+
+def proposed(drafter: LookupDrafter, limit: int) -> list[int]:
+    draft = drafter.propose(limit)
+    assert draft.is_chain
+    return list(draft.tokens)
 
 
 def brute_force(tokens: list[int], k: int, max_ngram: int) -> list[int]:
@@ -48,26 +56,26 @@ def test_lookup_equals_a_scan(prompt: list[int], output: list[list[int]], k: int
     for _ in range(2):  # the second time from the kept index of the same prompt
         drafter.reset(prompt)
         tokens = list(prompt)
-        assert drafter.propose(k) == brute_force(tokens, k, max_ngram)
+        assert proposed(drafter, k) == brute_force(tokens, k, max_ngram)
         for new in output:
             drafter.observe(new)
             tokens += new
-            assert drafter.propose(k) == brute_force(tokens, k, max_ngram)
+            assert proposed(drafter, k) == brute_force(tokens, k, max_ngram)
 
 
 def test_lookup_respects_the_limit_and_forgets_another_prompt() -> None:
     drafter = LookupDrafter(4, 2)
     drafter.reset([1, 2, 3, 4, 5, 1, 2])
-    assert drafter.propose(9) == [3, 4, 5, 1] and drafter.propose(2) == [3, 4] and drafter.propose(0) == []
+    assert proposed(drafter, 9) == [3, 4, 5, 1] and proposed(drafter, 2) == [3, 4] and proposed(drafter, 0) == []
     drafter.reset([7, 8])
-    assert drafter.propose(4) == []
+    assert proposed(drafter, 4) == []
 
 
 def test_no_drafter_proposes_nothing() -> None:
     drafter = NoDrafter()
     drafter.reset([1, 1, 1])
     drafter.observe([1])
-    assert drafter.propose(5) == []
+    assert len(drafter.propose(5)) == 0
 
 
 def test_lookup_refuses_nonsense() -> None:

@@ -39,7 +39,7 @@ def test_prefill_and_steps_equal_the_library(family: str, chunk: int) -> None:
         expected = model(tokens[None]).logits[0]
     step = Step(adapt(model, packed=False))
     cache = step.new_cache(400, DENSE)
-    first = step.prefill(tokens[:300], cache, chunk)
+    first = step.prefill(tokens[:300], cache, chunk).logits
     assert (first - expected[299]).abs().max() < LIMIT
     for start, stop in ((300, 301), (301, 309), (309, 333)):
         logits = step.verify(tokens[None, start:stop], cache)

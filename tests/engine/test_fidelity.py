@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from harness.engine.analysis import SelectionAnalysis
-from harness.engine.decoding import Decoded
+from harness.engine.decoding import Decoded, StepTaken
+from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.fidelity import compare
 from harness.engine.model.attention import scores
@@ -23,8 +24,8 @@ def test_a_dense_replay_repeats_the_dense_decode() -> None:
     prefix = engine.prefill(repetitive_prompt(300))
     decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
     logits = engine.replay(prefix, decoded, Sparsity())
-    assert [rows.shape[0] for rows in logits] == [1 + len(draft) for draft, _ in decoded.transcript]
-    kept = [rows[:count].argmax(-1).tolist() for rows, (_, count) in zip(logits, decoded.transcript, strict=True)]
+    assert [rows.shape[0] for rows in logits] == [1 + len(taken.draft) for taken in decoded.transcript]
+    kept = [rows[taken.rows].argmax(-1).tolist() for rows, taken in zip(logits, decoded.transcript, strict=True)]
     assert [token for step in kept for token in step] == decoded.output[1:]
     same = compare(logits, logits, decoded)
     assert (same.tokens, same.agreeing, same.flips, same.steps) == (NEW - 1, NEW - 1, 0, len(decoded.transcript))
@@ -47,7 +48,11 @@ def test_fidelity_counts_what_it_says() -> None:
     """Two steps by hand: three kept tokens, one of them wrong under sparsity, which also shortens the draft."""
     dense = [torch.eye(4)[[1, 2]] * 9, torch.eye(4)[[3]] * 9]
     sparse = [torch.eye(4)[[3, 2]] * 9, torch.eye(4)[[3]] * 9]
-    found = compare(dense, sparse, Decoded([0, 1, 2, 3], transcript=[((1,), 2), ((), 1)]))
+    found = compare(
+        dense,
+        sparse,
+        Decoded([0, 1, 2, 3], transcript=[StepTaken(Draft.chain([1]), (0,), 2), StepTaken(Draft(), (), 1)]),
+    )
     assert (found.tokens, found.agreeing, found.steps, found.flips) == (3, 2, 2, 1)
     p, q = torch.softmax(dense[0][0], -1), torch.softmax(sparse[0][0], -1)
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)

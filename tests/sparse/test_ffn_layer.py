@@ -27,7 +27,7 @@ def test_a_whole_layer_in_one_call_equals_the_reference(
         rule != "topk" or len(channels) == round(0.6 * width)
     )
     assert relative_error(found, made.truth(made.chosen(channels))) < TOLERANCE[torch.bfloat16]
-    magnitudes = eager._magnitudes(eager.activations(made.rows, weights), budget).float()
+    magnitudes = eager._magnitudes(eager.activations(made.rows, weights), budget, None).float()
     others = magnitudes[~made.chosen(channels)[0]]
     if len(others) and rule == "topk":
         assert magnitudes[channels].min() >= others.max() - 0.02 * magnitudes.max()

@@ -1,33 +1,47 @@
-"""What a drafter is: propose, observe, reset."""
+"""What a drafter is: reset, observe, propose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
+from harness.engine.drafting.draft import Draft
+
 
 class Drafter(Protocol):
-    """Proposes continuations; sees every token of the sequence exactly once, in order."""
+    """Proposes continuations of one sequence; sees every token of it exactly once, in order.
 
-    def reset(self, prompt: Sequence[int]) -> None:
-        """Start a new sequence; the same prompt as before must cost next to nothing."""
+    Features are hidden states of the target, for drafters that read them (``Step.taps``): the row of a token is that
+    from which it was predicted, so the state after the token before it, [tokens, taps * hidden]. None without taps.
+    """
 
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Append tokens that are now part of the sequence."""
+    def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
+        """Start a new sequence; the same prompt as before should cost next to nothing.
 
-    def propose(self, limit: int) -> list[int]:
-        """At most ``limit`` tokens that may follow the sequence; empty if there is no idea."""
+        Args:
+            prompt: token ids.
+            features: those of ``prompt[1:]``.
+            seed: of whatever this sequence draws.
+        """
+
+    def observe(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        """Append tokens that are now part of the sequence; the first call brings the prefill's token."""
+
+    def propose(self, limit: int) -> Draft:
+        """What may follow the sequence, no path longer than ``limit``; empty if there is no idea."""
 
 
 class NoDrafter:
     """Proposes nothing: every step decodes one token."""
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Nothing to forget."""
 
-    def observe(self, tokens: Sequence[int]) -> None:
+    def observe(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         """Nothing to learn."""
 
-    def propose(self, limit: int) -> list[int]:
+    def propose(self, limit: int) -> Draft:
         """No tokens."""
-        return []
+        return Draft()

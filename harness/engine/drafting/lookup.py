@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from harness.engine.drafting.draft import Draft
+
 
 class LookupDrafter:
     """Chain drafts from an incremental n-gram index over prompt and output.
@@ -30,7 +34,7 @@ class LookupDrafter:
         self._prompt_index: dict[tuple[int, ...], int] = {}
         self._output_index: dict[tuple[int, ...], int] = {}
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Start over after ``prompt``; its index is built once and reused while the prompt stays the same."""
         if tuple(prompt) != self._prompt:
             self._prompt = tuple(prompt)
@@ -41,22 +45,22 @@ class LookupDrafter:
         self._tokens = list(self._prompt)
         self._output_index = {}
 
-    def observe(self, tokens: Sequence[int]) -> None:
+    def observe(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         """Append tokens of the output."""
         for token in tokens:
             self._append(token, self._output_index)
 
-    def propose(self, limit: int) -> list[int]:
+    def propose(self, limit: int) -> Draft:
         """The tokens that followed the latest earlier occurrence of the longest known suffix."""
         count = min(self._k, limit)
         if count < 1:
-            return []
+            return Draft()
         for size in range(min(self._max_ngram, len(self._tokens)), 0, -1):
             suffix = tuple(self._tokens[-size:])
             start = self._output_index.get(suffix, self._prompt_index.get(suffix))
             if start is not None:
-                return self._copy(start, count)
-        return []
+                return Draft.chain(self._copy(start, count))
+        return Draft()
 
     def _copy(self, start: int, count: int) -> list[int]:
         """``count`` tokens from ``start`` on; past the end the copy goes on with itself (a repeating period)."""

@@ -23,10 +23,18 @@ from sparse.trace import (
     SELECT_PATH,
     SPARSE_PATH,
 )
+from sparse.tree import Tree
 
 
 def attend(
-    run: Verification, layer: int, row: int, cache: KVCache, queries: Tensor, keys: Tensor, values: Tensor
+    run: Verification,
+    layer: int,
+    row: int,
+    cache: KVCache,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tree: Tree | None = None,
 ) -> Tensor:
     """Store the step's keys and values in the cache and attend from its tokens to the cache.
 
@@ -37,6 +45,7 @@ def attend(
         cache: holds everything before the step.
         queries: [tokens, heads, head_dim], rotated and scaled.
         keys, values: [tokens, kv_heads, head_dim], keys rotated.
+        tree: of the tokens; None for a chain.
 
     Returns:
         [tokens, heads, head_dim].
@@ -50,9 +59,8 @@ def attend(
     grouped = queries.view(count, kv_heads, groups, head_dim).transpose(0, 1)
     grouped = grouped.reshape(kv_heads, count * groups, head_dim)
     length = start + count
-    view = AttentionView(
-        grouped, stored_keys, stored_values, start, length, groups, cache.summaries(layer, row) if start else {}
-    )
+    summaries = cache.summaries(layer, row) if start else {}
+    view = AttentionView(grouped, stored_keys, stored_values, start, length, groups, summaries, tree)
     trace.lap("attention")
     selection, tail_start = _choose(run, layer, row, view)
     trace.lap("select")
@@ -60,7 +68,7 @@ def attend(
         selection = run.probe.selection(layer, replace(view, tail_start=tail_start), selection)
     block_size = run.sparsity.attention.block_size
     if selection is None:
-        mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups)
+        mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups, tree)
         trace.attention(DENSE_PATH, layer, length, length, count)
     else:
         mixed = eager.block_attention(
@@ -73,6 +81,7 @@ def attend(
             block_size=block_size,
             groups=groups,
             valid=selection.valid,
+            tree=tree,
         )
         attended = selection.kept * block_size / kv_heads + length - tail_start
         trace.attention(SPARSE_PATH, layer, length, attended, count)
@@ -85,10 +94,12 @@ def attend(
 def scores(budget: AttentionBudget, view: AttentionView) -> Tensor:
     """Block scores of a view by the budget's rule, [kv_heads, whole blocks], fp32."""
     if budget.score == "oracle":
-        mass = eager.attention_mass(view.queries, view.keys, view.start, view.length, budget.block_size, view.groups)
-        return mass_scores(mass, budget, view.groups)
+        mass = eager.attention_mass(
+            view.queries, view.keys, view.start, view.length, budget.block_size, view.groups, view.tree
+        )
+        return mass_scores(mass, budget, view.groups, view.tree)
     whole = view.start // budget.block_size
-    return block_scores(view.queries, view.summaries, budget, view.groups)[:, :whole]
+    return block_scores(view.queries, view.summaries, budget, view.groups, view.tree)[:, :whole]
 
 
 def _choose(run: Verification, layer: int, row: int, view: AttentionView) -> tuple[Selection | None, int]:

@@ -14,9 +14,17 @@ from sparse.ops.sparse_ffn import eager as ffn_op
 from sparse.ops.weights import FfnWeights, MoeWeights
 from sparse.reuse import SelectionMemory
 from sparse.trace import DROPPED_PATH, RESTRICTED_PATH, Trace
+from sparse.tree import Tree
 
 
-def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Tensor, memory: SelectionMemory) -> Tensor:
+def feed_forward(
+    run: Verification,
+    layer: int,
+    weights: LayerWeights,
+    rows: Tensor,
+    memory: SelectionMemory,
+    tree: Tree | None = None,
+) -> Tensor:
     """Output of one FFN or MoE layer for the tokens of one sequence, which share one set of channels and experts.
 
     Args:
@@ -25,6 +33,7 @@ def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Ten
         weights: of the layer.
         rows: [tokens, hidden], normed.
         memory: of the sequence.
+        tree: of the tokens; None for a chain.
 
     Returns:
         [tokens, hidden].
@@ -36,19 +45,26 @@ def feed_forward(run: Verification, layer: int, weights: LayerWeights, rows: Ten
             run.trace.experts_wanted[layer] += weights.moe.top_k
         return torch.zeros_like(rows)
     if weights.moe is not None:
-        output = _moe(run, layer, weights.moe, rows)
+        output = _moe(run, layer, weights.moe, rows, tree)
         run.trace.lap("moe")
         return output
     assert weights.ffn is not None
-    output = _ffn(run, layer, weights.ffn, rows, memory)
+    output = _ffn(run, layer, weights.ffn, rows, memory, tree)
     run.trace.lap("ffn")
     return output
 
 
-def _ffn(run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memory: SelectionMemory | None) -> Tensor:
+def _ffn(
+    run: Verification,
+    layer: int,
+    weights: FfnWeights,
+    rows: Tensor,
+    memory: SelectionMemory | None,
+    tree: Tree | None,
+) -> Tensor:
     """A dense FFN, or one expert; experts remember no channels."""
     if run.sparsity.ffn.applies(layer):
-        return _sparse_ffn(run, layer, weights, rows, memory)
+        return _sparse_ffn(run, layer, weights, rows, memory, tree)
     width = weights.width
     run.trace.paths[ffn_op.DENSE_PATH] += 1
     run.trace.ffn(layer, width=width, gates=width, channels=width, rows=rows.shape[0])
@@ -60,12 +76,17 @@ def _ffn(run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memor
 
 
 def _sparse_ffn(
-    run: Verification, layer: int, weights: FfnWeights, rows: Tensor, memory: SelectionMemory | None
+    run: Verification,
+    layer: int,
+    weights: FfnWeights,
+    rows: Tensor,
+    memory: SelectionMemory | None,
+    tree: Tree | None,
 ) -> Tensor:
     budget, reuse, trace, width = run.sparsity.ffn, run.sparsity.reuse, run.trace, weights.width
     skips = memory is not None and reuse.skips("channels", layer)
     if budget.shared and run.probe is None and not skips and ffn_op.fuses(weights):
-        output, channels = ffn_op.fused_ffn(rows, weights, budget, layer)
+        output, channels = ffn_op.fused_ffn(rows, weights, budget, layer, tree)
         trace.paths[ffn_op.FUSED_PATH] += 1
         _count_channels(trace, layer, width, channels, rows)
         return output
@@ -86,7 +107,7 @@ def _sparse_ffn(
         channels = old[0]
         trace.skipped("channels", old[1])
     else:
-        channels = ffn_op.select_channels(activations, budget, layer)
+        channels = ffn_op.select_channels(activations, budget, layer, tree)
         if memory is not None:
             memory.keep_channels(layer, channels)
     trace.paths[ffn_op.path(weights)] += 1
@@ -99,13 +120,13 @@ def _count_channels(trace: Trace, layer: int, width: int, channels: Tensor, rows
     trace.ffn(layer, width=width, gates=width, channels=channels.shape[0], rows=rows.shape[0])
 
 
-def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Tensor:
+def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor, tree: Tree | None) -> Tensor:
     budget, trace = run.sparsity.moe, run.trace
     probabilities = experts.probabilities(weights.router(rows))
     if budget.is_dense:
         combine = experts.route(probabilities, weights)
     else:
-        combine, done = experts.restrict(probabilities, weights, budget, layer)
+        combine, done = experts.restrict(probabilities, weights, budget, layer, tree)
         for fate in ("wanted", "kept", "skipped", "substituted", "dropped", "freed"):
             trace.pairs[fate] += getattr(done, fate)
         trace.experts_wanted[layer] += done.union_dense
@@ -123,10 +144,10 @@ def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor) -> Te
     if run.sparsity.ffn.applies(layer):
 
         def expert(number: int, own: Tensor) -> Tensor:
-            return _ffn(run, layer, weights.experts[number], own, None)
+            return _ffn(run, layer, weights.experts[number], own, None, None)
 
         output = moe_op.moe(rows, combine, weights, expert)
-        return output if weights.shared is None else output + _ffn(run, layer, weights.shared, rows, None)
+        return output if weights.shared is None else output + _ffn(run, layer, weights.shared, rows, None, tree)
     needed = union * width + (0 if weights.shared is None else weights.shared.width)
     products = pairs * width + (0 if weights.shared is None else count * weights.shared.width)
     trace.ffn(layer, width=needed, gates=needed, channels=needed, rows=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse.selection import Selection
+from sparse.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class AttentionView:
         length: positions with the step's own tokens.
         groups: query heads per KV head.
         summaries: block summaries by name, each [kv_heads, head_dim, blocks].
+        tree: of the step's tokens; None for a chain.
         tail_start: position from which on everything is visible whatever is selected; an old selection has an old one.
     """
 
@@ -30,6 +32,7 @@ class AttentionView:
     length: int
     groups: int
     summaries: dict[str, Tensor]
+    tree: Tree | None = None
     tail_start: int = 0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +16,35 @@ from harness.engine.model.families import LayerWeights, ModelWeights
 from harness.engine.model.feed_forward import feed_forward
 from harness.engine.model.verification import Verification
 from sparse.budget import AttentionBudget
+from sparse.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens that one sequence runs in a step.
+
+    Attributes:
+        row: of the cache.
+        tokens: the last accepted token, which is not in the cache yet, and the draft.
+        tree: how the tokens stand to each other; None for a chain.
+    """
+
+    row: int
+    tokens: Sequence[int]
+    tree: Tree | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a pass through the model gives.
+
+    Attributes:
+        logits: [tokens, vocab]; of a prefill those after the last token, [vocab].
+        features: hidden states that enter the tapped layers, side by side, [tokens, taps * hidden]; None without taps.
+    """
+
+    logits: Tensor
+    features: Tensor | None
 
 
 class Step:
@@ -19,10 +52,12 @@ class Step:
 
     Args:
         weights: of the target model.
+        taps: layers whose input features are wanted, for drafters that read them.
     """
 
-    def __init__(self, weights: ModelWeights) -> None:
+    def __init__(self, weights: ModelWeights, taps: tuple[int, ...] = ()) -> None:
         self.weights = weights
+        self.taps = frozenset(taps)
         shape = weights.shape
         self._scale = shape.head_dim**-0.5
 
@@ -42,55 +77,79 @@ class Step:
         )
 
     @torch.inference_mode()
+    def run(self, segments: Sequence[Segment], cache: KVCache, run: Verification | None = None) -> Output:
+        """One verification step over several sequences; keys and values enter the cache and become valid.
+
+        All sequences run through the linear maps together, whatever their lengths; what is chosen for a sequence
+        (blocks, channels, experts) is chosen for it alone.
+
+        Args:
+            segments: the tokens of each sequence, one segment per row of the cache.
+            cache: holds everything before them.
+            run: budgets, counters and memory of this decode; dense by default.
+
+        Returns:
+            Logits and features of all tokens, segment after segment.
+
+        Raises:
+            ValueError: the cache is full, or a position lies beyond the model's positions.
+        """
+        run = Verification() if run is None else run
+        rows = [segment.row for segment in segments]
+        counts = [len(segment.tokens) for segment in segments]
+        run.begin(rows, sum(counts))
+        hidden, cos, sin = self._embed(segments, cache)
+        if not run.sparsity.attention.is_dense:
+            for row in rows:
+                cache.refresh_summaries(row)
+        ends = list(accumulate(counts))
+        parts = [
+            (segment.row, slice(end - count, end), segment.tree)
+            for segment, count, end in zip(segments, counts, ends, strict=True)
+        ]
+        whole = [(rows[0], slice(None), None)] if run.sparsity.shares_nothing else parts
+        tapped = []
+        for number, layer in enumerate(self.weights.layers):
+            if number in self.taps:
+                tapped.append(hidden)
+            if number in run.left_out:
+                continue
+            queries, keys, values = self._project(layer, hidden, cos, sin)
+            run.trace.lap("linear")
+            attended = [attend(run, number, row, cache, queries[p], keys[p], values[p], tree) for row, p, tree in parts]
+            mixed = _joined(attended)
+            if run.probe is not None:
+                mixed = run.probe.mixed(number, mixed)
+            hidden = hidden + layer.output(mixed.reshape(hidden.shape[0], -1))
+            normed = self._normed(hidden, layer.ffn_norm)
+            run.trace.lap("linear")
+            outputs = [feed_forward(run, number, layer, normed[p], run.memory(row), tree) for row, p, tree in whole]
+            hidden = hidden + _joined(outputs)
+        for row, count in zip(rows, counts, strict=True):
+            cache.advance(row, count)
+        logits = self._logits(hidden)
+        run.trace.lap("head")
+        return Output(logits, torch.cat(tapped, dim=-1) if tapped else None)
+
     def verify(
         self, tokens: Tensor, cache: KVCache, run: Verification | None = None, rows: list[int] | None = None
     ) -> Tensor:
-        """One verification step: logits after each token; their keys and values enter the cache and become valid.
-
-        All rows of the batch run through the linear maps together; what is chosen for a sequence (blocks, channels,
-        experts) is chosen row by row.
+        """:meth:`run` over chains of one length.
 
         Args:
             tokens: [batch, count], int64: the last accepted token and the draft, for each row.
-            cache: holds everything before them.
-            run: budgets, counters and memory of this decode; dense by default.
+            cache, run: as in :meth:`run`.
             rows: cache rows that ``tokens`` belong to; the first ones by default.
 
         Returns:
             [batch, count, vocab].
-
-        Raises:
-            ValueError: the cache is full, or the position lies beyond the model's positions.
         """
-        batch, count = tokens.shape
-        rows = list(range(batch)) if rows is None else rows
-        run = Verification() if run is None else run
-        run.begin(rows, batch * count)
-        hidden, cos, sin = self._embed(tokens, [cache.lengths[row] for row in rows])
-        if not run.sparsity.attention.is_dense:
-            for row in rows:
-                cache.refresh_summaries(row)
-        parts = [(row, slice(place * count, (place + 1) * count)) for place, row in enumerate(rows)]
-        whole = [(rows[0], slice(None))] if run.sparsity.shares_nothing else parts
-        for number, layer in enumerate(self.weights.layers):
-            queries, keys, values = self._project(layer, hidden, cos, sin)
-            run.trace.lap("linear")
-            mixed = _joined([attend(run, number, row, cache, queries[p], keys[p], values[p]) for row, p in parts])
-            if run.probe is not None:
-                mixed = run.probe.mixed(number, mixed)
-            hidden = hidden + layer.output(mixed.reshape(batch * count, -1))
-            normed = self._normed(hidden, layer.ffn_norm)
-            run.trace.lap("linear")
-            outputs = [feed_forward(run, number, layer, normed[part], run.memory(row)) for row, part in whole]
-            hidden = hidden + _joined(outputs)
-        for row in rows:
-            cache.advance(row, count)
-        logits = self._logits(hidden).view(batch, count, -1)
-        run.trace.lap("head")
-        return logits
+        rows = list(range(tokens.shape[0])) if rows is None else rows
+        segments = [Segment(row, chain) for row, chain in zip(rows, tokens.tolist(), strict=True)]
+        return self.run(segments, cache, run).logits.view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, cache: KVCache, chunk: int, row: int = 0) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: KVCache, chunk: int, row: int = 0) -> Output:
         """Dense prefill in chunks (METHOD section 1: prefill stays dense).
 
         Args:
@@ -100,19 +159,22 @@ class Step:
             row: row of the cache.
 
         Returns:
-            Logits after the last token, [vocab].
+            Logits after the last token, [vocab], and features of all tokens.
 
         Raises:
             ValueError: no tokens, the cache is full, or the position lies beyond the model's positions.
         """
         if tokens.numel() == 0:
             raise ValueError("prefill needs at least one token")
-        hidden, run = None, Verification()
+        hidden, run, tapped = None, Verification(), []
         for part in torch.split(tokens, chunk):
             start = cache.lengths[row]
-            hidden, cos, sin = self._embed(part[None], [start])
+            hidden, cos, sin = self._embed([Segment(row, part.tolist())], cache)
             mask = _prefill_mask(part.shape[0], start, hidden.dtype, hidden.device)
+            taps = []
             for number, layer in enumerate(self.weights.layers):
+                if number in self.taps:
+                    taps.append(hidden)
                 queries, keys, values = self._project(layer, hidden, cos, sin)
                 cache.write(number, row, start, keys, values)
                 all_keys, all_values = cache.prefix(number, row, start + part.shape[0])
@@ -128,20 +190,27 @@ class Step:
                 normed = self._normed(hidden, layer.ffn_norm)
                 hidden = hidden + feed_forward(run, number, layer, normed, run.memory(row))
             cache.advance(row, part.shape[0])
+            if taps:
+                tapped.append(torch.cat(taps, dim=-1))
         assert hidden is not None
-        return self._logits(hidden[-1:])[0]
+        return Output(self._logits(hidden[-1:])[0], torch.cat(tapped) if tapped else None)
 
-    def _embed(self, tokens: Tensor, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [batch * count, hidden] and rotary tables [batch * count, 1, head_dim]."""
-        weights, count = self.weights, tokens.shape[1]
-        if max(starts) + count > weights.positions:
-            raise ValueError(f"position {max(starts) + count} lies beyond the model's {weights.positions} positions")
-        hidden = functional.embedding(tokens.reshape(-1), weights.embedding)
-        if len(starts) == 1:
-            span = slice(starts[0], starts[0] + count)
-            return hidden, weights.cos[span], weights.sin[span]
-        positions = torch.cat([torch.arange(start, start + count, device=tokens.device) for start in starts])
-        return hidden, weights.cos[positions], weights.sin[positions]
+    def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [tokens, hidden] and rotary tables [tokens, 1, head_dim]."""
+        weights, positions = self.weights, []
+        device = weights.device
+        for segment in segments:
+            start, count = cache.lengths[segment.row], len(segment.tokens)
+            last = start + (count if segment.tree is None else 1 + int(segment.tree.depths.max()))
+            if last > weights.positions:
+                raise ValueError(f"position {last} lies beyond the model's {weights.positions} positions")
+            if segment.tree is None:
+                positions.append(torch.arange(start, start + count, device=device))
+            else:
+                positions.append(segment.tree.depths + start)
+        tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=device)
+        places = _joined(positions)
+        return functional.embedding(tokens, weights.embedding), weights.cos[places], weights.sin[places]
 
     def _project(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated, scaled queries [tokens, heads, head_dim]; rotated keys and values [tokens, kv_heads, head_dim]."""

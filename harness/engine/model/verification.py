@@ -19,12 +19,14 @@ class Verification:
         trace: counters of what was done.
         memories: remembered selections, per row of the cache.
         probe: looks into untimed passes, None in timed ones.
+        left_out: layers that do not run at all; a drafter's own choice, never that of a verification.
     """
 
     sparsity: Sparsity = field(default_factory=Sparsity)
     trace: Trace = field(default_factory=Trace)
     memories: dict[int, SelectionMemory] = field(default_factory=dict)
     probe: Probe | None = None
+    left_out: frozenset[int] = frozenset()
 
     def memory(self, row: int) -> SelectionMemory:
         """What ``row`` of the cache remembers."""

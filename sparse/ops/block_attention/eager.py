@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sparse.tree import Tree
+
 
 @lru_cache(maxsize=64)
 def _causal_tail(rows: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -23,16 +25,20 @@ def _causal_tail(rows: int, groups: int, dtype: torch.dtype, device: torch.devic
     return mask.repeat_interleave(groups, dim=0)
 
 
-def _weights(scores: Tensor, groups: int) -> Tensor:
-    """Softmax of scores [kv_heads, rows * groups, positions], causal over the last ``rows`` positions."""
+def _weights(scores: Tensor, groups: int, tree: Tree | None) -> Tensor:
+    """Softmax of scores [kv_heads, rows * groups, positions], masked over the last ``rows`` positions."""
     rows = scores.shape[1] // groups
-    if rows > 1:
+    if tree is not None:
+        scores[:, :, -rows:] += tree.mask(groups, scores.dtype)
+    elif rows > 1:
         scores[:, :, -rows:] += _causal_tail(rows, groups, scores.dtype, scores.device)
     return torch.softmax(scores, dim=-1)
 
 
-def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, length: int, groups: int) -> Tensor:
-    """Attention of the step's rows to all positions, causal over the step's own tokens.
+def dense_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, length: int, groups: int, tree: Tree | None = None
+) -> Tensor:
+    """Attention of the step's rows to all positions; among the step's own tokens causal, or along the tree.
 
     Args:
         queries: [kv_heads, rows * groups, head_dim], already scaled; the groups of a row stand together.
@@ -40,6 +46,7 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, length: int, 
         values: [pages, kv_heads, page, head_dim], contiguous.
         length: positions to attend to, the step's own rows last.
         groups: query heads per KV head.
+        tree: of the step's tokens; None for a chain.
 
     Returns:
         [kv_heads, rows * groups, head_dim] in the dtype of ``queries``.
@@ -48,7 +55,7 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, length: int, 
     rows = queries.shape[1]
     full, rest = divmod(length, page)
     split = full * page
-    weights = _weights(_scores(queries, keys, length), groups)
+    weights = _weights(_scores(queries, keys, length), groups, tree)
     if not full:
         return torch.bmm(weights, values[full, :, :rest])
     paged = weights[:, :, :split].view(heads, rows, full, page).permute(2, 0, 1, 3).reshape(-1, rows, page)
@@ -75,18 +82,20 @@ def _scores(queries: Tensor, keys: Tensor, length: int) -> Tensor:
     return scores
 
 
-def attention_mass(queries: Tensor, keys: Tensor, start: int, length: int, block_size: int, groups: int) -> Tensor:
+def attention_mass(
+    queries: Tensor, keys: Tensor, start: int, length: int, block_size: int, groups: int, tree: Tree | None = None
+) -> Tensor:
     """Share of each row's dense attention that falls on each whole block before the step (METHOD section 2, oracle).
 
     Args:
-        queries, keys, length, groups: as in :func:`dense_attention`.
+        queries, keys, length, groups, tree: as in :func:`dense_attention`.
         start: positions before the step.
         block_size: positions per block.
 
     Returns:
         [kv_heads, rows * groups, start // block_size], fp32; what is missing to one lies after the last whole block.
     """
-    weights = _weights(_scores(queries, keys, length).float(), groups)
+    weights = _weights(_scores(queries, keys, length).float(), groups, tree)
     whole = start // block_size * block_size
     return weights[:, :, :whole].reshape(*weights.shape[:2], -1, block_size).sum(-1)
 
@@ -136,6 +145,7 @@ def block_attention(
     block_size: int,
     groups: int,
     valid: Tensor | None = None,
+    tree: Tree | None = None,
 ) -> Tensor:
     """Attention to the selected blocks and to everything from ``tail_start`` on (METHOD section 2).
 
@@ -145,11 +155,12 @@ def block_attention(
         queries: [kv_heads, rows * groups, head_dim], already scaled; the groups of a row stand together.
         keys, values: paged as in :func:`dense_attention`.
         blocks: selected block indices [kv_heads, k], all below ``tail_start // block_size``.
-        tail_start: first position after the whole blocks; from here on everything is visible, causally.
+        tail_start: first position after the whole blocks; from here on everything is visible, causally or by the tree.
         length: positions in the cache, the step's own rows last.
         block_size: positions per block, a divisor of the page.
         groups: query heads per KV head.
         valid: [kv_heads, k], bool: entries of ``blocks`` that count; None for all.
+        tree: of the step's tokens; None for a chain.
 
     Returns:
         [kv_heads, rows * groups, head_dim] in the dtype of ``queries``.
@@ -165,5 +176,5 @@ def block_attention(
     if valid is not None:
         hidden = ~valid.repeat_interleave(block_size, dim=1)
         scores[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], float("-inf"))
-    weights = _weights(scores, groups)
+    weights = _weights(scores, groups, tree)
     return torch.bmm(weights, torch.cat(value_parts, dim=1))

@@ -7,8 +7,6 @@ measures quality, not speed.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +14,7 @@ from torch.nn import functional
 from sparse.budget import FfnBudget
 from sparse.ops.sparse_ffn import native
 from sparse.ops.weights import FfnWeights
+from sparse.tree import Tree, survival_weights
 
 DENSE_PATH = "dense_ffn.torch"
 NATIVE_PATH = "sparse_ffn.native"
@@ -62,30 +61,24 @@ def activations(rows: Tensor, weights: FfnWeights) -> Tensor:
     return functional.silu(weights.gate(rows))
 
 
-@lru_cache(maxsize=64)
-def _survival_weights(rows: int, survival: float, device: torch.device) -> Tensor:
-    """[1, rows], fp32: how much each token of the step counts; they sum to 1."""
-    weights = survival ** torch.arange(rows, dtype=torch.float64)
-    return (weights / weights.sum()).to(torch.float32).to(device)[None]
-
-
-def _magnitudes(activations: Tensor, budget: FfnBudget) -> Tensor:
+def _magnitudes(activations: Tensor, budget: FfnBudget, tree: Tree | None) -> Tensor:
     """[width]: what the shared masks rank the channels by."""
     if budget.mask == "root":
         return activations[0].abs()
     if budget.mask == "weighted":
-        weights = _survival_weights(activations.shape[0], budget.survival, activations.device)
+        weights = survival_weights(activations.shape[0], budget.survival, activations.device, tree)[None]
         return (weights @ activations.abs().float())[0]
     return activations.abs().amax(0)
 
 
-def select_channels(activations: Tensor, budget: FfnBudget, layer: int) -> Tensor:
+def select_channels(activations: Tensor, budget: FfnBudget, layer: int, tree: Tree | None = None) -> Tensor:
     """The channels that all tokens of the step keep (METHOD section 3, shared masks).
 
     Args:
         activations: [n, width], n at least 1, the root of the draft first.
         budget: rule and shared mask.
         layer: number of the layer, for its threshold.
+        tree: of the step's tokens, for weighted masks; None for a chain.
 
     Returns:
         [c], int64, each channel at most once and in no particular order, c at least 1.
@@ -103,9 +96,9 @@ def select_channels(activations: Tensor, budget: FfnBudget, layer: int) -> Tenso
         rows = activations[:1] if budget.mask == "root" else activations
         weights = None
         if budget.mask == "weighted":
-            weights = _survival_weights(rows.shape[0], budget.survival, rows.device)
+            weights = survival_weights(rows.shape[0], budget.survival, rows.device, tree)
         return native.select(rows, weights, keep=keep, threshold=0.0 if keep else budget.threshold(layer))
-    magnitudes = _magnitudes(activations, budget)
+    magnitudes = _magnitudes(activations, budget, tree)
     if keep is not None:
         return magnitudes.topk(keep, sorted=False).indices
     chosen = (magnitudes.float() >= budget.threshold(layer)).nonzero().squeeze(1)
@@ -164,7 +157,9 @@ def fuses(weights: FfnWeights) -> bool:
     return weights.gate_rows is not None and weights.channels is not None and native.whole_layer(weights.gate_rows)
 
 
-def fused_ffn(rows: Tensor, weights: FfnWeights, budget: FfnBudget, layer: int) -> tuple[Tensor, Tensor]:
+def fused_ffn(
+    rows: Tensor, weights: FfnWeights, budget: FfnBudget, layer: int, tree: Tree | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`activations`, :func:`select_channels` and :func:`sparse_ffn` in one call of the kernel.
 
     Args:
@@ -172,6 +167,7 @@ def fused_ffn(rows: Tensor, weights: FfnWeights, budget: FfnBudget, layer: int) 
         weights: for which :func:`fuses` holds.
         budget: rule and shared mask, not dense.
         layer: number of the layer, for its threshold.
+        tree: as in :func:`select_channels`.
 
     Returns:
         The output [n, hidden], and the channels.
@@ -182,7 +178,7 @@ def fused_ffn(rows: Tensor, weights: FfnWeights, budget: FfnBudget, layer: int) 
     if weights.gate_rows is None or weights.channels is None or not budget.shared or budget.is_dense:
         raise ValueError("the fused kernel needs weights by channel and a shared mask")
     ranked = 1 if budget.mask == "root" else rows.shape[0]
-    survival = _survival_weights(ranked, budget.survival, rows.device) if budget.mask == "weighted" else None
+    survival = survival_weights(ranked, budget.survival, rows.device, tree) if budget.mask == "weighted" else None
     keep = budget.channels(weights.width) if budget.rule == "topk" else None
     threshold = 0.0 if keep else budget.threshold(layer)
     return native.layer(
