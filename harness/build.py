@@ -11,12 +11,12 @@ import psutil
 import torch
 
 import tasks
-from harness import budgets, models, schema
+from harness import budgets, drafters, models, schema
 from harness.budgets import SPARSE_ARMS
 from harness.calibration import Calibration
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
-from harness.engine.drafting.lookup import LookupDrafter
+from harness.engine.drafting.oracle import OracleDrafter
 from harness.engine.model import loading
 from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions
 from harness.engine.model.step import Step
@@ -42,7 +42,8 @@ class Plan:
         model_config: the library's configuration of the target model.
         shape: sizes of the target model.
         dtype, device, threads: resolved, no ``auto`` left.
-        capacity: cache positions that the longest prompt and its answer need.
+        capacity: positions that the longest prompt and its answer need.
+        wave: examples that are prefilled together and decoded by one arm after the other.
         budgets: per arm, what may be skipped.
         required_paths: per arm, path counters that must not stay at zero.
     """
@@ -57,6 +58,7 @@ class Plan:
     device: torch.device
     threads: int
     capacity: int
+    wave: int
     budgets: dict[str, Sparsity]
     required_paths: dict[str, list[str]]
 
@@ -66,12 +68,14 @@ class Engine:
     """A loaded model that decodes.
 
     Attributes:
-        decoder: runs one sequence at a time.
-        drafters: per arm.
+        decoder: runs the examples of a wave.
+        drafters: per arm, one for each row of the cache.
+        replays: drafters that must be told the greedy continuation of their row's prompt before.
     """
 
     decoder: Decoder
-    drafters: dict[str, Drafter]
+    drafters: dict[str, list[Drafter]]
+    replays: list[list[OracleDrafter]]
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def resolved(config: Config) -> dict[str, Any]:
         hashed["calibration"] = models.file_sha256("calibration", Path(config.calibration))
     if isinstance(config.model, schema.CarvedModelConfig):
         hashed["carving"] = models.file_sha256("model.path", models.carving_file(config.model))
+    hashed |= drafters.file_hashes(config)
     return plain | ({"file_hashes": hashed} if hashed else {})
 
 
@@ -131,7 +136,9 @@ def plan(config: Config) -> Plan:
     )
     capacity = max(len(item.ids) for item in prepared) + config.task.max_new_tokens
     budgets.check_lengths(config, sparsity.attention, capacity)
-    _check_memory(config, shape, capacity, device)
+    drafters.check(config, shape, tokenizer, capacity)
+    wave = min(_wave(config), len(prepared))
+    _check_memory(config, shape, wave * (capacity + drafters.room(config)), device)
     required = budgets.required_paths(sparsity)
     return Plan(
         config=config,
@@ -144,6 +151,7 @@ def plan(config: Config) -> Plan:
         device=device,
         threads=thread_count(config),
         capacity=capacity,
+        wave=wave,
         budgets={arm: sparsity if arm in SPARSE_ARMS else Sparsity() for arm in config.arms},
         required_paths={arm: required for arm in config.arms if arm in SPARSE_ARMS},
     )
@@ -162,15 +170,29 @@ def load(plan: Plan) -> Engine:
         weights = adapt(library, packed=config.engine.packed, channels=channels)
     except (loading.ModelError, UnsupportedModel) as error:
         raise ConfigError(str(error)) from error
-    step = Step(weights)
+    step, clock = Step(weights, drafters.taps(config, plan.shape)), make_clock(plan.device.type)
     summarised = next((sparsity for sparsity in plan.budgets.values() if not sparsity.is_dense), Sparsity())
-    cache = step.new_cache(plan.capacity, summarised.attention)
-    stop = StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer)
+    capacity, more = plan.capacity + drafters.room(config), drafters.cache_budgets(config)
+    cache = step.new_cache(capacity, summarised.attention, plan.wave, *more)
     decoder = Decoder(
-        step, cache, stop=stop, clock=make_clock(plan.device.type), prefill_chunk=config.engine.prefill_chunk
+        step,
+        cache,
+        stop=StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer),
+        clock=clock,
+        prefill_chunk=config.engine.prefill_chunk,
+        rule=drafters.rule(config),
+        batch=config.engine.batch_size,
     )
-    drafters = {arm: _drafter(config) if arm in DRAFTING_ARMS else NoDrafter() for arm in config.arms}
-    return Engine(decoder, drafters)
+    usual = sorted(len(item.ids) for item in plan.prepared)[len(plan.prepared) // 2]
+    drafting = drafters.Drafting(config, step, cache, usual, clock)
+    drafters.load(config, drafting, plan.dtype, plan.device)
+    made: dict[str, list[Drafter]] = {
+        arm: drafting.of_arm(plan.budgets[arm]) if arm in DRAFTING_ARMS else [NoDrafter()] * plan.wave
+        for arm in config.arms
+    }
+    rows = zip(*made.values(), strict=True)
+    replays = [[drafter for drafter in row if isinstance(drafter, OracleDrafter)] for row in rows]
+    return Engine(decoder, made, replays if any(replays) else [])
 
 
 def _task(config: Config) -> Task:
@@ -189,10 +211,10 @@ def _task(config: Config) -> Task:
     return tasks.make(config.task.name, settings)
 
 
-def _drafter(config: Config) -> Drafter:
-    if isinstance(config.draft, schema.LookupDraft):
-        return LookupDrafter(config.draft.k, config.draft.max_ngram)
-    return NoDrafter()
+def _wave(config: Config) -> int:
+    """Examples of a wave: as configured, else one, with batches two batches, so that rows leave and enter."""
+    batch = config.engine.batch_size
+    return config.engine.wave or (1 if batch == 1 else 2 * batch)
 
 
 def _sparsity(config: Config, shape: ModelShape) -> Sparsity:
@@ -237,12 +259,12 @@ def _prompt_limit(config: Config, positions: int) -> int:
     return wanted or room
 
 
-def _check_memory(config: Config, shape: ModelShape, capacity: int, device: torch.device) -> None:
+def _check_memory(config: Config, shape: ModelShape, positions: int, device: torch.device) -> None:
     """Refuse a model whose weights, their copies by channel, and cache cannot fit."""
     carved = isinstance(config.model, schema.CarvedModelConfig)
     copies = 2 * carved + (config.ffn.name != "dense")
     weights = shape.weight_bytes + shape.itemsize * shape.hidden * (shape.vocab + 3 * copies * shape.channels)
-    cache = shape.kv_bytes_per_token * capacity
+    cache = shape.kv_bytes_per_token * positions
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if weights + cache > _MEMORY_SHARE * free:

@@ -109,7 +109,7 @@ def identity(model: schema.ModelConfig, seed: int) -> dict[str, str | None]:
     if isinstance(model, schema.ShapeModelConfig):
         name = f"{model.arch}, {model.layers or 'all'} layers, random weights of seed {seed}"
     elif isinstance(model, schema.HfModelConfig):
-        name = _checkpoint_name(str(model.path))
+        name = checkpoint_name(str(model.path))
     else:
         name = model.kind
     carved = None
@@ -118,7 +118,7 @@ def identity(model: schema.ModelConfig, seed: int) -> dict[str, str | None]:
     return {"model": name, "revision": getattr(model, "revision", None), "carving": carved}
 
 
-def _checkpoint_name(path: str) -> str:
+def checkpoint_name(path: str) -> str:
     """A hub id as it is; a local checkpoint by its last part and a mark of its configuration and file sizes."""
     local = Path(path).expanduser()
     if not local.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import traceback
@@ -15,6 +16,7 @@ from harness import build, console, roofline
 from harness.build import Engine, Plan
 from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
+from harness.engine.drafting.base import NoDrafter
 from harness.engine.fidelity import compare
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
 from harness.schema import Config, ConfigError, WandbOffline
@@ -121,12 +123,14 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
             _warm_up(plan, engine)
             load = OtherLoad()
             with console.progress(f"{member}{config.task.name}", len(plan.prepared), len(done)) as advance:
-                for number, item in missing:
-                    records = _example(plan, engine, item, number)
+                for start in range(0, len(missing), plan.wave):
+                    items = missing[start : start + plan.wave]
+                    records = _wave(plan, engine, [item for _, item in items], items[0][0] // plan.wave)
                     store.append(records)
                     for record in records:
                         tracker.log_example(_row(record))
-                    advance()
+                    for _ in items:
+                        advance()
             facts["other_load"] = round(load.share(), 3)
         summary = _describe(plan, store, facts)
     finally:
@@ -147,23 +151,44 @@ def _warm_up(plan: Plan, engine: Engine) -> None:
     """Run every arm briefly on the first prompts, so that no arm pays for first calls."""
     for item in plan.prepared[: plan.config.engine.warmup]:
         prefix = engine.decoder.prefill(item.ids)
+        tokens = min(_WARMUP_TOKENS, plan.config.task.max_new_tokens)
+        _tell_replays(engine, [prefix], tokens)
         for arm in plan.config.arms:
-            tokens = min(_WARMUP_TOKENS, plan.config.task.max_new_tokens)
-            engine.decoder.decode(prefix, engine.drafters[arm], plan.budgets[arm], tokens)
+            engine.decoder.decode(prefix, engine.drafters[arm][0], plan.budgets[arm], tokens)
 
 
-def _example(plan: Plan, engine: Engine, item: Prepared, number: int) -> list[Record]:
-    """One example by every arm; the order turns round from example to example (A B C, C B A, ...)."""
-    prefix = engine.decoder.prefill(item.ids)
-    arms = plan.config.arms
-    order = arms if number % 2 == 0 else tuple(reversed(arms))
-    decoded = {arm: _decode(plan, engine, prefix, arm) for arm in order}
-    extra = _analyse(plan, engine, prefix, decoded) if plan.config.analysis else {}
-    return [_record(plan, item, arm, decoded[arm], extra.get(arm, {})) for arm in arms]
+def _wave(plan: Plan, engine: Engine, items: list[Prepared], number: int) -> list[Record]:
+    """The examples of a wave by every arm; the order turns round from wave to wave (A B C, C B A, ...)."""
+    config, decoder = plan.config, engine.decoder
+    prefixes = [decoder.prefill(item.ids, row, _seed(config, item)) for row, item in enumerate(items)]
+    tokens = config.task.max_new_tokens
+    _tell_replays(engine, prefixes, tokens)
+    order = config.arms if number % 2 == 0 else tuple(reversed(config.arms))
+    decoded = {
+        arm: decoder.decode_all(prefixes, engine.drafters[arm][: len(items)], plan.budgets[arm], tokens)
+        for arm in order
+    }
+    wave = items[0].example.id if len(items) > 1 else ""
+    records = []
+    for row, item in enumerate(items):
+        own = {arm: decoded[arm][row] for arm in config.arms}
+        extra = _analyse(plan, engine, prefixes[row], own) if config.analysis else {}
+        records += [_record(plan, item, arm, own[arm], wave, extra.get(arm, {})) for arm in config.arms]
+    return records
 
 
-def _decode(plan: Plan, engine: Engine, prefix: Prefix, arm: str) -> Decoded:
-    return engine.decoder.decode(prefix, engine.drafters[arm], plan.budgets[arm], plan.config.task.max_new_tokens)
+def _seed(config: Config, item: Prepared) -> int:
+    """Seed of what an example draws: independent of the other examples and of where a run was interrupted."""
+    mark = hashlib.sha256(f"{config.seed} {item.example.id}".encode()).digest()
+    return int.from_bytes(mark[:6], "big")
+
+
+def _tell_replays(engine: Engine, prefixes: list[Prefix], tokens: int) -> None:
+    """Decode the continuations that replaying drafters need, untimed."""
+    for prefix in prefixes if engine.replays else ():
+        truth = engine.decoder.decode(prefix, NoDrafter(), Sparsity(), tokens).output
+        for drafter in engine.replays[prefix.row]:
+            drafter.expect(truth)
 
 
 def _analyse(plan: Plan, engine: Engine, prefix: Prefix, decoded: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
@@ -180,11 +205,12 @@ def _analyse(plan: Plan, engine: Engine, prefix: Prefix, decoded: dict[str, Deco
     return {"sparse": found}
 
 
-def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, extra: dict[str, Any]) -> Record:
+def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, wave: str, extra: dict[str, Any]) -> Record:
     text = cut_at_stop(plan.tokenizer.decode(decoded.output, skip_special_tokens=True), plan.task.stop)
     steps, trace = len(decoded.step_seconds), decoded.trace
     longest = max(decoded.histogram, default=0)
     layers = plan.shape.layers
+    share = decoded.share
     return Record(
         example_id=item.example.id,
         arm=arm,
@@ -195,20 +221,22 @@ def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, extra: dict[
         ttft_seconds=decoded.ttft_seconds,
         steps=steps,
         histogram=tuple(decoded.histogram[new] for new in range(longest + 1)),
-        paths=dict(trace.paths),
+        paths=dict(trace.paths) if decoded.leads else {},
         prompt_sha=item.sha,
         prompt_tokens=len(item.ids),
         truncated_tokens=item.truncated_tokens,
         cluster=item.example.cluster,
+        wave=wave,
+        drafted=sum(len(taken.draft) for taken in decoded.transcript),
         step_ms=tuple(round(1e3 * seconds, 4) for seconds in decoded.step_seconds),
         draft_seconds=decoded.draft_seconds,
         accept_seconds=decoded.accept_seconds,
-        component_seconds=dict(trace.seconds),
+        component_seconds={name: seconds * share for name, seconds in trace.seconds.items()},
         density={axis: trace.density(axis) for axis in AXES},
         layer_density={axis: trace.densities(axis, layers) for axis in AXES},
-        unique_experts=[count / steps for _, count in sorted(trace.experts_loaded.items())] if steps else [],
-        pairs=dict(trace.pairs),
-        stale={str(age): count for age, count in sorted(trace.stale.items())},
+        unique_experts=[count / trace.steps for _, count in sorted(trace.experts_loaded.items())] if steps else [],
+        pairs=dict(trace.pairs) if decoded.leads else {},
+        stale={str(age): count for age, count in sorted(trace.stale.items())} if decoded.leads else {},
         bytes_per_step=decoded.bytes / steps if steps else None,
         flops_per_step=decoded.flops / steps if steps else None,
         **extra,

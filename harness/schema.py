@@ -12,6 +12,18 @@ from pathlib import PurePath
 from typing import Any
 
 from harness.fields import ConfigError, fields_of, is_settings, join, parse, setting, show, to_plain, unknown_key
+from harness.schema_drafts import (
+    CombinedDraft,
+    Eagle3Draft,
+    GrowingDraft,
+    LookupDraft,
+    ModelDraft,
+    NoDraft,
+    OracleDraft,
+    SelfSparseDraft,
+    SuffixDraft,
+    check_draft,
+)
 from harness.schema_groups import (
     CarvedModelConfig,
     EagerEngine,
@@ -19,15 +31,16 @@ from harness.schema_groups import (
     HfModelConfig,
     HubConfig,
     HubTaskConfig,
-    LookupDraft,
     ModelConfig,
     NeedleConfig,
-    NoDraft,
     NoTrack,
     QmsumConfig,
+    SampledDecode,
     ShapeModelConfig,
     SquadLongConfig,
     TaskConfig,
+    TopkMatchDecode,
+    TypicalDecode,
     Wandb,
     WandbOffline,
 )
@@ -60,36 +73,46 @@ __all__ = [
     "AnchorReuse",
     "BlockTopkAttention",
     "CarvedModelConfig",
+    "CombinedDraft",
     "Config",
     "ConfigError",
     "DenseAttention",
     "DenseFfn",
     "DenseMoe",
     "EagerEngine",
+    "Eagle3Draft",
     "FloorMoe",
     "GreedyDecode",
+    "GrowingDraft",
     "HfModelConfig",
     "HubConfig",
     "HubTaskConfig",
     "LookupDraft",
     "MedianRatioMoe",
     "ModelConfig",
+    "ModelDraft",
     "NeedleConfig",
     "NoDraft",
     "NoReuse",
     "NoTrack",
+    "OracleDraft",
     "QmsumConfig",
     "QuantileFfn",
+    "SampledDecode",
+    "SelfSparseDraft",
     "ShapeModelConfig",
     "SkipReuse",
     "SparseFfn",
     "SparseMoe",
     "SquadLongConfig",
+    "SuffixDraft",
     "TaskConfig",
     "ThresholdFfn",
     "TopkFfn",
+    "TopkMatchDecode",
     "TopkMoe",
     "ToppMoe",
+    "TypicalDecode",
     "UnionMoe",
     "Wandb",
     "WandbOffline",
@@ -153,7 +176,19 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
         "kind",
         {"smollm2": ModelConfig, "hf": HfModelConfig, "shape": ShapeModelConfig, "carved_moe": CarvedModelConfig},
     ),
-    "draft": ("name", {"none": NoDraft, "lookup": LookupDraft}),
+    "draft": (
+        "name",
+        {
+            "none": NoDraft,
+            "lookup": LookupDraft,
+            "suffix": SuffixDraft,
+            "model": ModelDraft,
+            "selfsparse": SelfSparseDraft,
+            "eagle3": Eagle3Draft,
+            "oracle": OracleDraft,
+            "combined": CombinedDraft,
+        },
+    ),
     "attn": ("name", {"dense": DenseAttention, "block_topk": BlockTopkAttention}),
     "ffn": ("name", {"dense": DenseFfn, "topk": TopkFfn, "threshold": ThresholdFfn, "quantile": QuantileFfn}),
     "moe": (
@@ -168,7 +203,10 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
         },
     ),
     "reuse": ("name", {"none": NoReuse, "anchors": AnchorReuse, "skips": SkipReuse}),
-    "decode": ("name", {"greedy": GreedyDecode}),
+    "decode": (
+        "name",
+        {"greedy": GreedyDecode, "sample": SampledDecode, "typical": TypicalDecode, "topk_match": TopkMatchDecode},
+    ),
     "engine": ("name", {"eager": EagerEngine}),
     "track": ("name", {"none": NoTrack, "wandb_offline": WandbOffline, "wandb": Wandb}),
 }
@@ -184,8 +222,10 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     config = parse(Config, {**raw, **groups}, "")
     for check in (_check_arms, _check_source, _check_lengths):
         check(config)
+    check_draft(config.draft, config.decode.name)
     check_sparsity(config.attn, config.ffn, config.moe, config.reuse, config.calibration)
     _check_cache(config)
+    _check_wave(config)
     return replace(config, model=_labelled(config.model))
 
 
@@ -251,6 +291,16 @@ def _check_cache(config: Config) -> None:
         )
     if attn.budget == "piecewise" and attn.l0 >= longest:
         raise ConfigError(f"attn.l0={attn.l0}: {cache} never goes beyond it; choose less than {longest}")
+
+
+def _check_wave(config: Config) -> None:
+    """A wave that fills the batch."""
+    engine = config.engine
+    if engine.wave is not None and engine.wave < engine.batch_size:
+        raise ConfigError(
+            f"engine.wave={engine.wave}: fewer examples than engine.batch_size={engine.batch_size}; choose at least "
+            "that"
+        )
 
 
 def _check_source(config: Config) -> None:

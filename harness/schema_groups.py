@@ -124,25 +124,34 @@ class CarvedModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class NoDraft:
-    """No drafter: every step decodes one token."""
-
-    name: str = setting("who proposes the tokens that a step verifies")
-
-
-@dataclass(frozen=True, slots=True)
-class LookupDraft(NoDraft):
-    """Chain drafts copied from an earlier occurrence of the last n-gram."""
-
-    k: int = setting("draft tokens proposed per step at most", minimum=1)
-    max_ngram: int = setting("longest n-gram of recent tokens looked up", minimum=1)
-
-
-@dataclass(frozen=True, slots=True)
 class GreedyDecode:
     """The most probable token at every position."""
 
-    name: str = setting("how tokens are picked")
+    name: str = setting("how tokens are picked, and drafts accepted")
+
+
+@dataclass(frozen=True, slots=True)
+class SampledDecode(GreedyDecode):
+    """Tokens drawn from the target's distribution; speculation does not change it."""
+
+    temperature: float = setting("divides the logits", above=0)
+    top_p: float = setting("smallest set of tokens with this probability is kept, 1 = all", above=0, maximum=1)
+    top_k: int | None = setting("most probable tokens kept, null = all", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalDecode(SampledDecode):
+    """Drafts accepted where the target finds them typical: lossy."""
+
+    epsilon: float = setting("probability that always suffices", above=0, maximum=1)
+    delta: float = setting("share of exp(-entropy) that suffices where the target is unsure", above=0, maximum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TopkMatchDecode(GreedyDecode):
+    """Drafts accepted among the target's best tokens: a lossy reference."""
+
+    k: int = setting("target's most probable tokens that a draft token may be one of", minimum=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +163,12 @@ class EagerEngine:
     prefill_chunk: int = setting("prompt tokens per prefill pass", minimum=1)
     packed: bool = setting("pre-pack linear weights where the CPU supports it: faster steps, more memory")
     warmup: int = setting("examples run before timing starts", minimum=0)
+    batch_size: int = setting("sequences decoded in one step; a finished one makes room for the next", minimum=1)
+    wave: int | None = setting(
+        "examples prefilled together and decoded by one arm after the other, null = 1, with batches twice "
+        "engine.batch_size",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         library=library,
         step=step,
         cache=step.new_cache(capacity, budget),
-        prompt=_prompt(tokenizer, options.context),
+        prompt=prompt_tokens(tokenizer, options.context),
         draft=options.draft,
         arms=_arms(options, step, budget),
         budget=budget,
@@ -184,7 +184,7 @@ def _arms(options: argparse.Namespace, step: Step, budget: AttentionBudget) -> d
     return single | {f"{name} {rows}": (rows, sparsity) for name, sparsity in axes.items()}
 
 
-def _prompt(tokenizer: Any, tokens: int) -> list[int]:
+def prompt_tokens(tokenizer: Any, tokens: int) -> list[int]:
     """Synthetic prose of exactly ``tokens`` tokens."""
     settings = TaskSettings("bundled", (), 0, "plain", 0, (), 0, None, {"context_tokens": 2 * tokens, "depth": None})
     task = tasks.make("needle", settings)

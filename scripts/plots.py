@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.evidence.rows import Row
 from scripts import common
+from scripts.figures.acceptance import acceptance
 from scripts.figures.axis_curves import axes
 from scripts.figures.components import components
 from scripts.figures.selections import overlap, recall, similarity
@@ -27,6 +28,7 @@ FIGURES = {
     "recall": recall,
     "axes": axes,
     "components": components,
+    "acceptance": acceptance,
 }
 """File name -> what draws it from the rows, or returns None where they hold nothing to draw."""
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Row
 from harness.evidence.store import write_table, write_text
-from scripts import budget_table, cells, common
+from scripts import budget_table, cells, common, draft_table
 from scripts.cells import ARROW, NOTHING, Column, Grid, grids_of, lines
 
 LEGEND = (
@@ -99,7 +99,8 @@ def _quality(row: Row) -> str:
 def reference_grid(rows: Sequence[Row], *, compact: bool = False) -> Grid:
     """The paper-shaped table: what was quoted and, below each row, every setting of that task that was measured.
 
-    `compact` stacks the columns that say what was measured.
+    Runs of forced acceptance are left out: their speed-up follows from a number that was chosen. `compact` stacks the
+    columns that say what was measured.
     """
     what: tuple[str, ...] = ("task", "source", "model", "machine", "data and setting")
     header = ("speculative\n/ AR", "sparse\n/ AR", "gain", "quality")
@@ -108,7 +109,7 @@ def reference_grid(rows: Sequence[Row], *, compact: bool = False) -> Grid:
     for quoted in REFERENCES:
         ratios = [f"{value}{TIMES}" for value in (quoted.speculative, quoted.sparse)]
         body.append((quoted.label, "quoted", quoted.model, UNSTATED, NOTHING, *ratios, quoted.gain, quoted.quality))
-        measured = [row for row in rows if row.task_name == quoted.task]
+        measured = [row for row in rows if row.task_name == quoted.task and not row.forced]
         body += [_measured(row) for row in measured] or [("", "not measured", *[NOTHING] * 7)]
         ends.append(len(body) - 1)
     if compact:
@@ -145,9 +146,10 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def _cautions(rows: Sequence[Row]) -> list[str]:
-    """What carved and simulated runs do not say."""
+    """What carved, simulated and forced runs do not say."""
     told = [cells.CARVED] if any(row.carved for row in rows) else []
-    return told + ([cells.SIMULATED_NOTE] if any(row.simulated for row in rows) else [])
+    told += [cells.SIMULATED_NOTE] if any(row.simulated for row in rows) else []
+    return told + draft_table.cautions(rows)
 
 
 def render(grid: Grid) -> Table:
@@ -175,6 +177,13 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
         for grid in budget_table.grids(rows, compact=compact):
             console.print(render(grid))
         console.print(Text(budget_table.LEGEND, style="dim"))
+    drafters = draft_table.screen_grids(rows, compact=compact)
+    if drafters:
+        console.print()
+        console.print(Text(draft_table.HEAD))
+        for grid in drafters:
+            console.print(render(grid))
+        console.print(Text(draft_table.LEGEND, style="dim"))
     for line in footnotes(rows):
         console.print(Text(line, style="yellow"))
     if any(row.task_name == quoted.task for row in rows for quoted in REFERENCES):
@@ -184,24 +193,35 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write results, budgets and reference as .md and .tex, and budgets.csv, to `folder`, each atomically."""
-    quoted, sources = reference_grid(rows), [QUOTED, *_cautions(rows)]
+    """Write results, budgets and reference as .md and .tex, and budgets.csv, to `folder`, each atomically.
+
+    Where there are drafters to compare, drafters.md, .tex and .csv too.
+    """
+    quoted, sources = reference_grid(rows), [QUOTED, *_cautions([row for row in rows if not row.forced])]
     notes = footnotes(rows)
     texts = _texts("results", results_grids(rows), [LEGEND, *notes])
     texts |= _texts("budgets", budget_table.grids(rows), [budget_table.LEGEND, *notes])
     texts |= _texts("reference", [quoted], sources)
+    plain = {"budgets.csv": budget_table.table(rows)}
+    drafters = draft_table.grids(rows)
+    if drafters:
+        texts |= _texts("drafters", drafters, [draft_table.LEGEND, *notes], head=draft_table.HEAD)
+        plain["drafters.csv"] = draft_table.table(rows)
     for name, text in texts.items():
         write_text(folder / name, text)
-    write_table(folder / "budgets.csv", budget_table.table(rows))
-    return [folder / name for name in (*texts, "budgets.csv")]
+    for name, numbers in plain.items():
+        write_table(folder / name, numbers)
+    return [folder / name for name in (*texts, *plain)]
 
 
-def _texts(name: str, grids: Sequence[Grid], notes: Sequence[str]) -> dict[str, str]:
-    """The Markdown and the LaTeX file of some tables and their notes."""
+def _texts(name: str, grids: Sequence[Grid], notes: Sequence[str], *, head: str = "") -> dict[str, str]:
+    """The Markdown and the LaTeX file of some tables and their notes; `head` goes above, in LaTeX before the notes."""
     preamble = "% needs \\usepackage{booktabs,graphicx}\n"
+    above = [head] if head else []
+    texts = [*(f"{text}\n" for text in above), *(cells.markdown(grid) for grid in grids)]
     return {
-        f"{name}.md": "\n".join([*(cells.markdown(grid) for grid in grids), *(f"{note}\n" for note in notes)]),
-        f"{name}.tex": preamble + "\n".join(cells.latex(grid, notes) for grid in grids),
+        f"{name}.md": "\n".join([*texts, *(f"{note}\n" for note in notes)]),
+        f"{name}.tex": preamble + "\n".join(cells.latex(grid, [*above, *notes]) for grid in grids),
     }
 
 

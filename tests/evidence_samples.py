@@ -1,7 +1,7 @@
 """Made-up records, configurations and run folders for the tests of evidence, tables and plots."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,20 @@ def example(
     settings: Mapping[str, Any] | None = None,
     layers: int = LAYERS,
     prompt: int = 1000,
+    histograms: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[Record]:
-    """One example with every arm, its numbers drawn from `seed` and `name`; traced where `settings` are given."""
+    """One example with every arm, its numbers drawn from `seed` and `name`; traced where `settings` are given.
+
+    `histograms` sets those of its arms; of a step of arms with drafts, a tenth is drafting, six tokens each.
+    """
     rng, extra = random.Random(f"{seed}/{name}"), random.Random(f"{seed}/{name}/traced")
     rows = []
     base = rng.uniform(10, 30)
     cost = {"ar": 0.02, "dense": 0.03, "sparse": 0.03 / gain, "sparse_ar": 0.02 / gain}
     for arm in arms:
-        histogram = (0, 24) if arm in ("ar", "sparse_ar") else (0, rng.randint(6, 10), 4, 2, 1)
+        drafts = arm not in ("ar", "sparse_ar")
+        histogram = (0, rng.randint(6, 10), 4, 2, 1) if drafts else (0, 24)
+        histogram = (histograms or {}).get(arm, histogram)
         steps, slow = sum(histogram), rng.uniform(0.9, 1.1)
         grade = {"rougeL": base + (rng.gauss(0, 1.5) if arm.startswith("sparse") else 0.0), "rouge1": base + 8}
         ids = list(range(sum(n * c for n, c in enumerate(histogram)) + 1))
@@ -147,6 +153,7 @@ def example(
         changes: dict[str, Any] = {"histogram": histogram, "grade": grade, "output_ids": tuple(ids)}
         changes["seconds"] = seconds = steps * cost[arm] * slow
         changes["step_ms"] = (1e3 * cost[arm] * slow,) * steps
+        changes |= {"drafted": 6 * steps, "draft_seconds": 0.1 * seconds} if drafts else {"draft_seconds": 0.0}
         if settings is not None:
             changes |= traced(settings, arm, steps, seconds, layers=layers, prompt=prompt, rng=extra)
         rows.append(record(name, arm, **changes))
@@ -170,6 +177,18 @@ def config(
         "rerun": False,
         "stale": "rerun",
     }
+
+
+def growing(name: str, depth: int = 6, topk: int = 1, **changes: Any) -> dict[str, Any]:
+    """The settings of a drafter with what every drafter has."""
+    return {
+        "name": name,
+        "depth": depth,
+        "topk": topk,
+        "total": None,
+        "adaptive": "never",
+        "min_confidence": 0.3,
+    } | changes
 
 
 def proof(sources: str = "abc", **changes: Any) -> dict[str, Any]:
@@ -200,16 +219,21 @@ def stored_run(
     layers: int = LAYERS,
     prompt: int = 1000,
     traces: bool = True,
+    histograms: Sequence[Mapping[str, tuple[int, ...]]] = (),
     **changes: Any,
 ) -> RunStore:
-    """Write one whole run folder and return its closed store; without `traces` as runs were before there were any."""
+    """Write one whole run folder and return its closed store; without `traces` as runs were before there were any.
+
+    `histograms` are those of the first examples, by arm.
+    """
     settings = settings or config()
     proven = proof(**changes)
     with RunStore(results, settings, arms) as store:
         store.begin(proven, rerun=True)
         for index in range(examples):
-            known = settings if traces else None
-            store.append(example(f"e{index}", arms, seed=seed, gain=gain, settings=known, layers=layers, prompt=prompt))
+            told: dict[str, Any] = {"settings": settings if traces else None, "layers": layers, "prompt": prompt}
+            told["histograms"] = histograms[index] if index < len(histograms) else None
+            store.append(example(f"e{index}", arms, seed=seed, gain=gain, **told))
         summary = build_summary(
             fingerprint=store.fingerprint,
             task=settings["task"]["name"],
@@ -230,8 +254,8 @@ def stored_run(
 
 
 def _forget(summary: dict[str, Any]) -> None:
-    """Take out what summaries did not hold before selections were traced."""
+    """Take out what summaries did not hold before selections were traced and drafts were counted."""
     for block in summary["arms"].values():
-        del block["trace"]
+        del block["trace"], block["draft"]
     for key in ("agreement_ci95", "tokens"):
         summary["compare"]["fidelity"].pop(key, None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from harness.engine.drafting.draft import Draft
@@ -50,7 +51,7 @@ class Greedy:
 
     def judge(self, logits: Tensor) -> list[int]:
         """The target's greedy choices."""
-        choices: list[int] = logits.argmax(-1).tolist()
+        choices: list[int] = logits.max(-1).indices.tolist()  # several times faster than argmax in bf16
         return choices
 
     def accept(self, draft: Draft, judged: Sequence[int], random: Random) -> Accepted:
@@ -89,3 +90,16 @@ def check_opinions(draft: Draft, opinions: int) -> None:
     """
     if opinions != len(draft) + 1:
         raise ValueError(f"{len(draft)} draft tokens need {len(draft) + 1} opinions of the target, got {opinions}")
+
+
+def chances_of(draft: Draft, rows: Tensor) -> list[float]:
+    """Of each draft token its probability after its parent, in one transfer.
+
+    Args:
+        draft: at least one token.
+        rows: [1 + len(draft), vocab]: the distributions after the root and after each token.
+    """
+    vocab = rows.shape[1]
+    places = [(parent + 1) * vocab + token for token, parent in zip(draft.tokens, draft.parents, strict=True)]
+    chances: list[float] = rows.take(torch.tensor(places, device=rows.device)).tolist()
+    return chances

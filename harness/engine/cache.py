@@ -137,6 +137,7 @@ class KVCache:
                 new_page, new_inside = divmod(length + place, PAGE)
                 self._keys[:, row, new_page, :, :, new_inside] = self._keys[:, row, page, :, :, inside]
                 self._values[:, row, new_page, :, new_inside] = self._values[:, row, page, :, inside]
+        self._summarised[row] = min(self._summarised[row], length // self.block_size)
         self.truncate(row, length + len(kept))
 
     def refresh_summaries(self, row: int = 0) -> None:

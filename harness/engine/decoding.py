@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harness.engine.acceptance import Greedy, Rule
+from harness.engine.acceptance import Accepted, Greedy, Rule
 from harness.engine.cache import KVCache
 from harness.engine.drafting.base import Drafter
 from harness.engine.drafting.draft import Draft
@@ -126,6 +126,7 @@ class Decoded:
         transcript: each step.
         trace: counters of all sequences that were decoded together.
         leads: whether this is the first of these sequences, so that sums over sequences count ``trace`` once.
+        share: this sequence's part of all steps of the sequences that were decoded together.
     """
 
     output: list[int]
@@ -140,6 +141,7 @@ class Decoded:
     transcript: list[StepTaken] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     leads: bool = True
+    share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -265,8 +267,8 @@ class Decoder:
         total_flops = trace_flops(shape, trace)
         for result in results:
             result.seconds *= seconds / taken if taken else 0.0
-            result.bytes = total_bytes * len(result.step_seconds) / steps if steps else 0.0
-            result.flops = total_flops * len(result.step_seconds) / steps if steps else 0.0
+            result.share = len(result.step_seconds) / steps if steps else 0.0
+            result.bytes, result.flops = total_bytes * result.share, total_flops * result.share
 
     def replay(self, prefix: Prefix, decoded: Decoded, sparsity: Sparsity, probe: Probe | None = None) -> list[Tensor]:
         """Run the steps of ``decoded`` again under ``sparsity``, each with the same draft and from the same tokens.
@@ -324,7 +326,8 @@ class Decoder:
     def _accept(self, one: _Sequence, length: int, judged: Any, features: Tensor | None, max_new_tokens: int) -> None:
         """Keep what the rule accepts of one sequence's draft."""
         result, draft = one.result, one.draft
-        accepted = self._rule.accept(draft, judged, one.random)
+        forced = draft.forced
+        accepted = Accepted(*forced) if forced else self._rule.accept(draft, judged, one.random)
         kept, rows = accepted.tokens(draft), [0, *(node + 1 for node in accepted.path)]
         self._cache.compact(one.prefix.row, length, rows)
         result.output.extend(kept)

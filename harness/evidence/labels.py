@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 TIMES = "\u00d7"
 SIMULATED = "simulated"
+FORCED = "forced oracle"
+NO_DRAFTS = "no drafts"
 AXES = ("attention", "ffn", "experts", "reuse")
 GROUPS = {"attention": "attn", "ffn": "ffn", "experts": "moe", "reuse": "reuse"}
 BUDGET_KEYS = {
@@ -27,7 +30,17 @@ _SHOWN_ELSEWHERE = (
     *("task.depth", "model.name", *(f"{group}.name" for group in GROUPS.values())),
 )
 _KINDS = {"attn": "budget", "reuse": "anchors"}
+_OF_CHOICE = (*GROUPS.values(), "draft", "decode")
+_BATCH = "engine.batch_size"
 _LONGEST_LIST = 6
+
+
+class Drafting(NamedTuple):
+    """Who drafts, how tokens are picked and how many sequences share a step, as tables and figures name them."""
+
+    drafter: str
+    decoding: str
+    batch: str
 
 
 def name_of(config: Mapping[str, Any], group: str) -> str:
@@ -80,29 +93,91 @@ def is_carved(config: Mapping[str, Any]) -> bool:
     return _group(config, "model").get("kind") == "carved_moe"
 
 
+def is_forced(config: Mapping[str, Any]) -> bool:
+    """Whether acceptance was chosen, and outputs are those of a given continuation whatever an arm computes."""
+    draft = _group(config, "draft")
+    return draft.get("name") == "oracle" and bool(draft.get("forced"))
+
+
 def setting_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A short name for each run's setting: the budget of each axis that is on, then what else tells it from its peers.
 
-    Peers have the same task, data and model. A key counts where a peer has it with another value; keys of a sparsity
-    group only where the peer made the same choice there, and not at the value that most of these have.
+    Peers have the same task, data and model. Drafter, decoding and batch size are told, as `drafting_labels` name them,
+    where a peer has another one. Any other key counts where a peer has it with another value; keys of a sparsity group
+    only where the peer made the same choice there, and not at the value that most of these have.
     """
-    unnamed = (*_NOT_SETTING, *_FILES)
-    flat = [flatten({key: value for key, value in config.items() if key not in unnamed}) for config in configs]
-    places = [(task_label(config), data_label(config), name_of(config, "model")) for config in configs]
+    flat, peers_of, drafting = _flat(configs), _peers(configs), drafting_labels(configs)
     labels = []
-    for config, own, place in zip(configs, flat, places, strict=True):
-        peers = [other for other, there in zip(flat, places, strict=True) if there == place]
+    for config, own, names, members in zip(configs, flat, drafting, peers_of, strict=True):
         parts, shown = _budgets(config)
-        told = {*shown, *_SHOWN_ELSEWHERE}
-        parts += [f"{key}={own[key]}" for key in own if key not in told and _varies(key, own, peers)]
+        theirs = zip(*(drafting[index] for index in members), strict=True)
+        parts += [name for name, others in zip(names, theirs, strict=True) if name and len(set(others)) > 1]
+        told = {*shown, *_SHOWN_ELSEWHERE, _BATCH}
+        rest = [key for key in own if key not in told and key.split(".")[0] not in ("draft", "decode")]
+        parts += [f"{key}={own[key]}" for key in rest if _varies(key, own, [flat[index] for index in members])]
         labels.append(", ".join(parts) + (f" ({SIMULATED})" if is_simulated(config) else ""))
     return labels
+
+
+def drafting_labels(configs: Sequence[Mapping[str, Any]]) -> list[Drafting]:
+    """Drafter, decoding and batch size of each run, as `draft_label`, `decode_label` and `batch_label` name them.
+
+    Keys that these leave out follow where a peer with the same drafter or decoding has them with another value: "lookup
+    6, max_ngram=5".
+    """
+    flat = _flat(configs)
+    found = []
+    for config, own, members in zip(configs, flat, _peers(configs), strict=True):
+        peers = [flat[index] for index in members]
+        drafter, decoding = _draft(config), _decode(config)
+        words = [_with_rest(group, *told, own, peers) for group, told in (("draft", drafter), ("decode", decoding))]
+        found.append(Drafting(words[0], words[1], batch_label(config)))
+    return found
+
+
+def _with_rest(
+    group: str, text: str, told: Collection[str], own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]
+) -> str:
+    """A choice's text and, as key=value, those of its keys that the text leaves out and that vary among the peers."""
+    rest = {key: key.removeprefix(f"{group}.") for key in own if key.startswith(f"{group}.")}
+    more = [key for key, short in rest.items() if short not in told and _varies(key, own, peers)]
+    return ", ".join([text, *(f"{rest[key]}={_short(own[key])}" for key in more)])
+
+
+def draft_label(config: Mapping[str, Any]) -> str:
+    """The drafter with the form of its drafts: "lookup 6", "eagle3 tree 60 (10\u00d76)", "suffix 8, else eagle3 4".
+
+    A number alone is the length of a chain; a tree has its size and, in brackets, children per token and depth.
+    """
+    return _draft(config)[0]
+
+
+def decode_label(config: Mapping[str, Any]) -> str:
+    """How tokens are picked, where that is not greedy: "temperature 0.8 top-p 0.9"."""
+    return _decode(config)[0]
+
+
+def batch_label(config: Mapping[str, Any]) -> str:
+    """Sequences per step, where these are several: "batch 4"."""
+    size = int(_group(config, "engine").get("batch_size") or 1)
+    return f"batch {size}" if size > 1 else ""
+
+
+def _flat(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    unnamed = (*_NOT_SETTING, *_FILES)
+    return [flatten({key: value for key, value in config.items() if key not in unnamed}) for config in configs]
+
+
+def _peers(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Indices of the runs of the same task, data and model, itself among them."""
+    places = [(task_label(config), data_label(config), name_of(config, "model")) for config in configs]
+    return [[index for index, there in enumerate(places) if there == place] for place in places]
 
 
 def _varies(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
     group = key.split(".")[0]
     peers = [peer for peer in peers if key in peer]
-    if group in GROUPS.values():
+    if group in _OF_CHOICE:
         kinds = (f"{group}.name", f"{group}.{_KINDS.get(group, 'name')}")
         peers = [peer for peer in peers if all(peer.get(kind) == own.get(kind) for kind in kinds)]
         if 2 * sum(peer[key] == own[key] for peer in peers) > len(peers):
@@ -166,6 +241,67 @@ def _layers(layers: Sequence[int]) -> tuple[str, bool]:
     """A short list of layers, and whether it is the whole list."""
     whole = len(layers) <= _LONGEST_LIST
     return (",".join(str(layer) for layer in layers) if whole else f"{len(layers)} layers"), whole
+
+
+def _draft(config: Mapping[str, Any]) -> tuple[str, set[str]]:
+    """The drafter's text, and the keys of the group that it tells or that are not read."""
+    draft = _group(config, "draft")
+    name = str(draft.get("name") or "none")
+    if name == "none":
+        return NO_DRAFTS, set(draft)
+    if name != "combined":
+        return _growing(draft), _growing_keys(draft)
+    used = ("suffix", str(draft.get("second")))
+    parts = {key: value for key, value in draft.items() if isinstance(value, Mapping)}
+    told = {"name", "second"} | {f"{part}.{key}" for part in used for key in _growing_keys(parts.get(part) or {})}
+    told |= set(flatten({part: keys for part, keys in parts.items() if part not in used}))
+    return ", else ".join(_growing({"name": part} | dict(parts.get(part) or {})) for part in used), told
+
+
+def _growing(draft: Mapping[str, Any]) -> str:
+    """One drafter; runs of earlier versions have ``k`` instead of ``depth``, and no trees."""
+    name, depth, topk = draft["name"], draft.get("depth", draft.get("k")), draft.get("topk") or 1
+    form = str(depth) if topk == 1 else f"tree {draft.get('total') or depth * topk} ({topk}{TIMES}{depth})"
+    if name == "oracle":
+        form = f"{_short(draft.get('acceptance'))} {'chain ' * (topk == 1)}{form}"
+    details = _draft_source(draft)
+    text = f"{name} {form}" + (f" ({', '.join(details)})" if details else "")
+    text += " forced" if draft.get("forced") else " sampled" if draft.get("sample") else ""
+    text += " + earlier outputs" if draft.get("earlier") else ""
+    adaptive = draft.get("adaptive") or "never"
+    if adaptive == "confidence":
+        return f"{text} + adaptive confidence {_short(draft.get('min_confidence'))}"
+    return text if adaptive == "never" else f"{text} + adaptive {adaptive}"
+
+
+def _draft_source(draft: Mapping[str, Any]) -> list[str]:
+    """Which weights draft, and what of the target is left out."""
+    path = draft.get("path")
+    details = [PurePosixPath(path).name] if path else ["the target itself"] if draft["name"] == "model" else []
+    details += [f"{draft['blocks']} blocks"] if draft.get("blocks") is not None else []
+    if draft.get("skip_layers"):
+        details.append(f"without layers {_layers(draft['skip_layers'])[0]}")
+    return details
+
+
+def _growing_keys(draft: Mapping[str, Any]) -> set[str]:
+    told = {"name", "k", "depth", "topk", "total", "adaptive", "min_confidence", "acceptance", "forced", "earlier"}
+    told |= {"path", "blocks", "sample"}
+    return told | ({"skip_layers"} if _layers(draft.get("skip_layers") or ())[1] else set())
+
+
+def _decode(config: Mapping[str, Any]) -> tuple[str, set[str]]:
+    """How tokens are picked ("" where greedily), and the keys of the group that the text tells."""
+    decode = _group(config, "decode")
+    name = str(decode.get("name") or "greedy")
+    if name == "greedy":
+        return "", {"name"}
+    if name == "topk_match":
+        return f"top-{decode.get('k')} match", {"name", "k"}
+    words = [f"temperature {_short(decode.get('temperature'))}"]
+    words += [f"top-p {_short(decode['top_p'])}"] if (decode.get("top_p") or 1) < 1 else []
+    words += [f"top-k {decode['top_k']}"] if decode.get("top_k") else []
+    return ("typical " if name == "typical" else "") + " ".join(words), {"name", "temperature", "top_p", "top_k"}
 
 
 def _short(value: Any) -> str:

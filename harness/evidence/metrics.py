@@ -82,8 +82,7 @@ def arm_block(
     tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
     seconds = sum(row.seconds for row in rows)
     step_ms = np.array([value for row in rows for value in row.step_ms])
-    step_bytes = _per_step(rows, "bytes_per_step")
-    mean_step = float(step_ms.mean()) / 1e3 if len(step_ms) else _ratio(seconds, steps)
+    step_bytes, mean_step = _per_step(rows, "bytes_per_step"), _ratio(seconds, steps)
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -98,6 +97,7 @@ def arm_block(
             "p90": float(np.percentile(step_ms, 90)) if len(step_ms) else None,
         },
         "components_ms": _components(rows, steps),
+        "draft": _drafting(rows, seconds),
         "bytes_per_step": step_bytes,
         "flops_per_step": _per_step(rows, "flops_per_step"),
         "density": {axis: _density(rows, axis) for axis in ("attention", "ffn", "experts")},
@@ -129,6 +129,19 @@ def _components(rows: Sequence[Record], steps: int) -> dict[str, float | None]:
         for name in {name for row in rows for name in row.component_seconds}:
             parts[name] = 1e3 * sum(row.component_seconds.get(name, 0.0) for row in rows) / steps
     return parts
+
+
+def _drafting(rows: Sequence[Record], seconds: float) -> dict[str, float | None]:
+    """Draft tokens per step, the share of them that was accepted, and the share of the time that drafting took.
+
+    Draft tokens of a tree compete, so that their accepted share says less than that of a chain.
+    """
+    drafted, steps = sum(row.drafted for row in rows), sum(row.steps for row in rows)
+    return {
+        "tokens_per_step": _ratio(drafted, steps),
+        "accepted": _ratio(sum(row.tokens for row in rows) - steps, drafted),
+        "time_share": _ratio(sum(row.draft_seconds for row in rows), seconds),
+    }
 
 
 def _density(rows: Sequence[Record], axis: str) -> float | None:
@@ -181,7 +194,7 @@ def speedup(
     columns = np.array(
         [[a.tokens, a.seconds, b.tokens, b.seconds] for a, b in zip(rows, base, strict=True)], dtype=np.float64
     )
-    totals = bootstrap.cluster_totals(columns, [row.group for row in rows])
+    totals = bootstrap.cluster_totals(columns, [row.wave or row.group for row in rows])
     value = float(bootstrap.ratio_of_rates(totals.sum(axis=0)))
     if not np.isfinite(value):
         return {"speedup": None, "ci95": None}

@@ -21,7 +21,9 @@ class Record:
     verification, `density` says per axis what was read of what dense execution reads, `layer_density` the same layer by
     layer; `unique_experts` counts distinct routed experts per step of each MoE layer, `pairs` (token, expert) pairs by
     fate, `stale` steps by the age of the selection they reused. `fidelity` and `selections` come from the untimed
-    replay of the dense trajectory.
+    replay of the dense trajectory. Examples of one `wave` were decoded in shared steps: they share seconds and bytes,
+    and the counts `paths`, `pairs` and `stale` of all of them stand in the first one's record. `drafted` counts draft
+    tokens.
     """
 
     example_id: str
@@ -38,6 +40,8 @@ class Record:
     prompt_tokens: int
     truncated_tokens: int = 0
     cluster: str = ""
+    wave: str = ""
+    drafted: int = 0
     step_ms: tuple[float, ...] = ()
     draft_seconds: float = 0.0
     accept_seconds: float = 0.0

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.evidence.labels import (
+    FORCED,
     SIMULATED,
+    Drafting,
     axes_on,
     data_label,
+    drafting_labels,
     is_carved,
+    is_forced,
     is_simulated,
     kept_tokens,
     name_of,
@@ -55,6 +59,7 @@ class Row:
     model: str
     device: str
     setting: str
+    drafting: Drafting
     kept_tokens: int | None
     examples: int
     prompt_tokens: float | None
@@ -72,6 +77,7 @@ class Row:
     noise_floor: Mapping[str, Any] | None
     axes: tuple[str, ...]
     simulated: bool
+    forced: bool
     carved: bool
     agreement: Estimate
     kl: float | None
@@ -87,13 +93,25 @@ class Row:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know before using the row: its status unless ok, stale, simulated."""
-        states = ((self.status, self.status != "ok"), ("stale", self.stale), (SIMULATED, self.simulated))
-        return tuple(mark for mark, holds in states if holds)
+        """What a reader must know before using the row: its status unless ok, stale, simulated, forced oracle."""
+        states = {self.status: self.status != "ok", "stale": self.stale, SIMULATED: self.simulated, FORCED: self.forced}
+        return tuple(mark for mark, holds in states.items() if holds)
 
     def acceptance_length(self, arm: str) -> float | None:
         """New tokens per step, bonus token included, pooled over steps."""
         return _number(self._arm(arm, "acceptance_length").get("pooled"))
+
+    def request_acceptance_length(self, arm: str) -> float | None:
+        """Mean over requests of their own new tokens per step (METHOD section 8)."""
+        return _number(self._arm(arm, "acceptance_length").get("per_request"))
+
+    def histogram(self, arm: str) -> tuple[int, ...]:
+        """Steps by their new tokens: entry i counts those that yielded i, the bonus token included."""
+        return tuple((self.arms.get(arm) or {}).get("histogram") or ())
+
+    def drafted(self, name: str, arm: str) -> float | None:
+        """An entry of an arm's draft block (see `metrics.arm_block`); None in runs that have none."""
+        return _number(self._arm(arm, "draft").get(name))
 
     def density(self, axis: str) -> float | None:
         """What the sparse arm read of what dense execution reads on one axis."""
@@ -154,8 +172,9 @@ def collect(
     if experiment is not None:
         runs = [run for run in runs if _belongs(run, experiment)]
     runs = [run for run in runs if not tasks or name_of(run.config, "task") in tasks]
-    labels = setting_labels([run.config for run in runs])
-    rows = [row_of(run, label, run.stale(sources)) for run, label in zip(runs, labels, strict=True)]
+    configs = [run.config for run in runs]
+    labels = zip(runs, setting_labels(configs), drafting_labels(configs), strict=True)
+    rows = [row_of(run, setting, drafting, run.stale(sources)) for run, setting, drafting in labels]
     return sorted(rows, key=_place)
 
 
@@ -169,7 +188,7 @@ def _belongs(run: StoredRun, experiment: str) -> bool:
     return run.provenance.get("experiment") == experiment or f"experiment={experiment}" in chosen
 
 
-def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
+def row_of(run: StoredRun, setting: str, drafting: Drafting, stale: bool) -> Row:
     """One run as a row; `run.summary` is not None."""
     summary: Mapping[str, Any] = run.summary or {}
     status = str(summary.get("status"))
@@ -192,6 +211,7 @@ def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
         model=str(summary.get("model")),
         device=str(summary.get("device")),
         setting=setting,
+        drafting=drafting,
         kept_tokens=kept_tokens(run.config),
         examples=int(summary.get("examples") or 0),
         prompt_tokens=(shown.get("prompt_tokens") or {}).get("median"),
@@ -209,6 +229,7 @@ def row_of(run: StoredRun, setting: str, stale: bool) -> Row:
         noise_floor=fidelity.get("noise_floor"),
         axes=axes_on(run.config),
         simulated=is_simulated(run.config) or any(".simulated" in path for path in shown.get("paths") or {}),
+        forced=is_forced(run.config),
         carved=is_carved(run.config),
         agreement=_estimate(fidelity, "agreement", "agreement_ci95"),
         kl=fidelity.get("kl"),
@@ -254,6 +275,12 @@ def write_overview(results_dir: Path | str, *, sources: str) -> Path:
     return file
 
 
+def _draft_depth(config: Mapping[str, Any]) -> Any:
+    """Draft tokens on a path at most; runs of earlier versions name them k."""
+    draft = config.get("draft") or {}
+    return draft.get("depth", draft.get("k"))
+
+
 def _overview(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {
         "fingerprint": row.fingerprint,
@@ -268,7 +295,7 @@ def _overview(row: Row) -> dict[str, Any]:
         "simulated": row.simulated,
         "kept_tokens": row.kept_tokens,
         "draft": name_of(row.config, "draft"),
-        "draft_k": (row.config.get("draft") or {}).get("k"),
+        "draft_depth": _draft_depth(row.config),
         "examples": row.examples,
         "prompt_tokens_median": row.prompt_tokens,
         "acceptance_length": row.acceptance,

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -161,25 +162,31 @@ class RunStore:
         """Ids of the examples that every arm finished."""
         return {record.example_id for record in self.records()}
 
-    def append(self, example: Sequence[Record]) -> None:
-        """Store one example, one record for each arm, in a single flushed write.
+    def append(self, examples: Sequence[Record]) -> None:
+        """Store one example or several, one record for each arm, in a single flushed write.
+
+        Args:
+            examples: the records of an example side by side.
 
         Raises:
-            ValueError: the records are not one example with every arm once, are stored already, or hold a NaN.
+            ValueError: an example does not have every arm once, is stored already, or holds a NaN.
         """
         self.records()
-        ids, arms = {row.example_id for row in example}, sorted(row.arm for row in example)
-        if len(ids) != 1 or arms != sorted(self.arms):
-            raise ValueError(f"one whole example of arms {self.arms} expected, got {sorted(ids)} with {arms}")
-        if ids <= self.done():
-            raise ValueError(f"example {ids.pop()!r} is stored already")
-        text = "".join(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in example)
+        stored = self.done()
+        for name, rows in groupby(examples, key=lambda row: row.example_id):
+            arms = sorted(row.arm for row in rows)
+            if arms != sorted(self.arms):
+                raise ValueError(f"one whole example of arms {self.arms} expected, got {name!r} with {arms}")
+            if name in stored:
+                raise ValueError(f"example {name!r} is stored already")
+            stored.add(name)
+        text = "".join(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in examples)
         with (self.path / "records.jsonl").open("ab") as stream:
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
         assert self._records is not None
-        self._records.extend(example)
+        self._records.extend(examples)
 
     def summary(self) -> dict[str, Any] | None:
         """The stored summary, or None."""

@@ -76,6 +76,38 @@ def test_any_sequence_of_accepts_and_rejects_equals_a_recomputation(
     check(cache, truth)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    block_size=st.sampled_from((16, 32, 64)),
+    steps=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans()), max_size=10),
+)
+def test_keeping_a_branch_of_a_tree_equals_writing_it_alone(
+    block_size: int, steps: list[tuple[int, int, bool]]
+) -> None:
+    """The tokens that are kept move together, over page borders too; what was between them is gone."""
+    torch.manual_seed(1)
+    cache = make(block_size)
+    truth = [torch.zeros(LAYERS, 0, HEADS, DIM) for _ in range(BATCH)]
+    for count, choice, refreshed in steps:
+        before = cache.lengths[1]
+        count = min(count, cache.capacity - before)
+        append(cache, truth, 1, count)
+        if refreshed:
+            cache.refresh_summaries(1)
+        kept = [token for token in range(count) if choice >> (token % 32) & 1]
+        cache.compact(1, before, kept)
+        truth[1] = truth[1][:, [*range(before), *(before + token for token in kept)]]
+    check(cache, truth)
+
+
+def test_a_branch_must_lie_in_the_step() -> None:
+    cache, truth = make(), [torch.zeros(LAYERS, 0, HEADS, DIM) for _ in range(BATCH)]
+    append(cache, truth, 0, 20)
+    for kept, words in (([0, 2, 2], "ascend"), ([0, 5], "step of 5"), ([-1, 0], "step of 5")):
+        with pytest.raises(ValueError, match=words):
+            cache.compact(0, 15, kept)
+
+
 def test_rollback_far_back_forgets_summaries() -> None:
     cache, truth = make(), [torch.zeros(LAYERS, 0, HEADS, DIM) for _ in range(BATCH)]
     append(cache, truth, 0, 100)

@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.engine.decoding import StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
 from harness.engine.drafting.draft import Draft
+from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model.families import FAMILIES
 from sparse.budget import AttentionBudget, Sparsity
@@ -52,7 +53,7 @@ def test_every_drafter_gives_the_tokens_of_generate(family: str) -> None:
     expected = ids[0, len(prompt) :].tolist()
     engine = decoder(family)
     prefix = engine.prefill(prompt)
-    drafters: list[Drafter] = [NoDrafter(), LookupDrafter(6, 3), WrongDrafter(), OracleDrafter(310, expected)]
+    drafters: list[Drafter] = [NoDrafter(), LookupDrafter(Growth(6), 3), WrongDrafter(), OracleDrafter(310, expected)]
     steps = []
     for drafter in drafters:
         decoded = engine.decode(prefix, drafter, DENSE, NEW)
@@ -70,9 +71,9 @@ def test_sparse_arms_leave_the_prefix_untouched() -> None:
     engine, prompt = decoder(budget=budget), repetitive_prompt(400)
     prefix = engine.prefill(prompt)
     dense = engine.decode(prefix, NoDrafter(), DENSE, NEW)
-    sparse = engine.decode(prefix, LookupDrafter(6, 3), budget, NEW)
+    sparse = engine.decode(prefix, LookupDrafter(Growth(6), 3), budget, NEW)
     again = engine.decode(prefix, NoDrafter(), DENSE, NEW)
-    sparse_again = engine.decode(prefix, LookupDrafter(6, 3), budget, NEW)
+    sparse_again = engine.decode(prefix, LookupDrafter(Growth(6), 3), budget, NEW)
     assert again.output == dense.output and sparse_again.output == sparse.output
     assert sparse.output != dense.output
 
@@ -141,7 +142,7 @@ def test_answers_end_alike_in_every_arm() -> None:
     engine = decoder(stop=stop)
     prefix = engine.prefill(prompt)
     expected = free[: free.index(end) + 1]
-    for drafter in (NoDrafter(), LookupDrafter(6, 3), OracleDrafter(310, free)):
+    for drafter in (NoDrafter(), LookupDrafter(Growth(6), 3), OracleDrafter(310, free)):
         decoded = engine.decode(prefix, drafter, DENSE, NEW)
         assert decoded.output == expected
         assert sum(new * count for new, count in decoded.histogram.items()) == len(expected) - 1

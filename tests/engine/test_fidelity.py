@@ -8,6 +8,7 @@ import torch
 from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, StepTaken
 from harness.engine.drafting.draft import Draft
+from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.fidelity import compare
 from harness.engine.model.attention import scores
@@ -22,7 +23,7 @@ NEW = 30
 def test_a_dense_replay_repeats_the_dense_decode() -> None:
     engine = decoder()
     prefix = engine.prefill(repetitive_prompt(300))
-    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    decoded = engine.decode(prefix, LookupDrafter(Growth(6), 3), Sparsity(), NEW)
     logits = engine.replay(prefix, decoded, Sparsity())
     assert [rows.shape[0] for rows in logits] == [1 + len(taken.draft) for taken in decoded.transcript]
     kept = [rows[taken.rows].argmax(-1).tolist() for rows, taken in zip(logits, decoded.transcript, strict=True)]
@@ -35,7 +36,7 @@ def test_a_dense_replay_repeats_the_dense_decode() -> None:
 def test_a_sparse_replay_drifts_and_more_so_with_less_budget() -> None:
     engine = decoder(budget=Sparsity(AttentionBudget(topk=2)))
     prefix = engine.prefill(repetitive_prompt(600))
-    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    decoded = engine.decode(prefix, LookupDrafter(Growth(6), 3), Sparsity(), NEW)
     dense = engine.replay(prefix, decoded, Sparsity())
     kl = {}
     for topk in (2, 12, 34):
@@ -62,7 +63,7 @@ def test_selections_are_observed_as_a_direct_computation_says() -> None:
     budget = AttentionBudget(topk=5, query="first")
     engine = decoder(budget=Sparsity(budget))
     prefix = engine.prefill(repetitive_prompt(400))
-    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), NEW)
+    decoded = engine.decode(prefix, LookupDrafter(Growth(6), 3), Sparsity(), NEW)
     views: list[tuple[int, AttentionView, Selection | None]] = []
 
     class Both(Probe):
@@ -104,7 +105,7 @@ def test_oracle_selection_has_the_oracle_s_recall() -> None:
     budget = AttentionBudget(topk=5, score="oracle", query="mean")
     engine = decoder(budget=Sparsity(budget))
     prefix = engine.prefill(repetitive_prompt(400))
-    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), 8)
+    decoded = engine.decode(prefix, LookupDrafter(Growth(6), 3), Sparsity(), 8)
     observed = SelectionAnalysis(budget, 3, every=1)
     engine.replay(prefix, decoded, Sparsity(budget), observed)
     found = observed.means()
@@ -115,7 +116,7 @@ def test_short_contexts_have_nothing_to_observe() -> None:
     budget = AttentionBudget(topk=30)
     engine = decoder(budget=Sparsity(budget))
     prefix = engine.prefill(repetitive_prompt(100))
-    decoded = engine.decode(prefix, LookupDrafter(6, 3), Sparsity(), 8)
+    decoded = engine.decode(prefix, LookupDrafter(Growth(6), 3), Sparsity(), 8)
     observed = SelectionAnalysis(budget, 3)
     engine.replay(prefix, decoded, Sparsity(budget), observed)
     found = observed.means()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from harness.engine.cache import KVCache
 from harness.engine.drafting.base import NoDrafter
+from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model.families import adapt
 from harness.engine.model.probe import AttentionView, Probe
@@ -56,7 +57,7 @@ def test_zero_sparsity_is_dense(method: Method, family: str) -> None:
     engine = decoder(family, method.no_op)
     prefix = engine.prefill(repetitive_prompt(PROMPT))
     expected = engine.decode(prefix, NoDrafter(), Sparsity(), 24).output
-    assert engine.decode(prefix, LookupDrafter(6, 3), method.no_op, 24).output == expected
+    assert engine.decode(prefix, LookupDrafter(Growth(6), 3), method.no_op, 24).output == expected
 
 
 @pytest.mark.parametrize("method, family", CASES)

@@ -11,6 +11,7 @@ import torch
 import tasks
 from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import NoDrafter
+from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
 from harness.engine.model import loading
 from harness.engine.model.families import adapt
@@ -50,7 +51,7 @@ def agree(real: tuple[Any, Step, Any], prompt: tuple[int, ...], tokens: int) -> 
     engine = Decoder(step, cache, stop=StopRule(), clock=time.perf_counter, prefill_chunk=1024)
     prefix = engine.prefill(prompt)
     ar = engine.decode(prefix, NoDrafter(), DENSE, tokens).output
-    dense = engine.decode(prefix, LookupDrafter(6, 3), DENSE, tokens).output
+    dense = engine.decode(prefix, LookupDrafter(Growth(6), 3), DENSE, tokens).output
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         generated = library.generate(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from harness.evidence import metrics
@@ -5,7 +7,7 @@ from tests.evidence_samples import ARMS, example, record
 
 ARM_KEYS = (
     "tokens seconds tokens_per_second steps ttft_seconds acceptance_length histogram quality step_ms components_ms "
-    "bytes_per_step flops_per_step density trace roofline_fraction peak_memory_bytes"
+    "draft bytes_per_step flops_per_step density trace roofline_fraction peak_memory_bytes"
 )
 
 
@@ -35,13 +37,38 @@ def test_the_arm_block_by_hand():
     assert block["ttft_seconds"] == 2.0
     assert block["step_ms"] == {"p50": 2.5, "p90": pytest.approx(3.7)}
     assert block["bytes_per_step"] == pytest.approx((3 * 30 + 10) / 4)
-    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / 2.5e-3)
+    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / (3.0 / 4))
     assert block["components_ms"]["draft"] == pytest.approx(1.0)
     assert block["components_ms"]["accept"] == pytest.approx(0.5)
     assert block["components_ms"]["attention"] is None
     assert set(block["components_ms"]) == set(metrics.COMPONENTS)
     assert block["density"] == {"attention": 1.0, "ffn": None, "experts": None}
     assert block["peak_memory_bytes"] == 99
+
+
+def test_drafting_by_hand():
+    rows = [
+        record("a", histogram=(0, 2, 1), seconds=2.0, drafted=6, draft_seconds=0.5),
+        record("b", histogram=(0, 0, 0, 4), seconds=2.0, drafted=10, draft_seconds=0.1),
+    ]
+    found = metrics.arm_block(rows, ("rougeL",))["draft"]
+    # 16 new tokens in 7 steps: 9 of them were drafted
+    assert found == {
+        "tokens_per_step": pytest.approx(16 / 7),
+        "accepted": pytest.approx(9 / 16),
+        "time_share": pytest.approx(0.15),
+    }
+    assert metrics.arm_block([record(histogram=(0, 3), drafted=0)], ("rougeL",))["draft"]["accepted"] is None
+
+
+def test_examples_of_one_wave_are_resampled_together():
+    """Their times are shares of the same steps; a single wave has no interval."""
+    rows = {
+        arm: [record(name, arm, seconds=seconds, wave="a") for name in "ab"] for arm, seconds in (("x", 1), ("y", 2))
+    }
+    assert metrics.speedup(rows["x"], rows["y"], resamples=200) == {"speedup": pytest.approx(2), "ci95": None}
+    alone = {arm: [replace(row, wave="") for row in several] for arm, several in rows.items()}
+    assert metrics.speedup(alone["x"], alone["y"], resamples=200)["ci95"] is not None
 
 
 def test_unknown_costs_stay_null():

@@ -6,7 +6,7 @@ import pytest
 from harness.evidence import labels as labels_of
 from harness.evidence import load_runs, rows
 from harness.evidence.labels import TIMES
-from tests.evidence_samples import config, stored_run
+from tests.evidence_samples import config, growing, stored_run
 
 BLOCKS = {"name": "block_topk", "budget": "fixed", "topk": 32, "l0": 1024, "rho": 0.25, "block_size": 16}
 FFN = {"name": "topk", "keep": 0.6667, "mask": "union"}
@@ -119,13 +119,109 @@ def test_identity_leaves_out_keys_and_groups():
 
 def test_settings_are_named_by_their_budget_and_what_else_varies():
     assert labels(config(topk=8), config(topk=16)) == [f"topk 8{TIMES}32", f"topk 16{TIMES}32"]
-    assert labels(config(k=4), config(k=6)) == [f"topk 16{TIMES}32, draft.k=4", f"topk 16{TIMES}32, draft.k=6"]
+    assert labels(config(k=4), config(k=6)) == [f"topk 16{TIMES}32, lookup 4", f"topk 16{TIMES}32, lookup 6"]
     assert labels(config("xsum", k=4), config("squad", k=6)) == [f"topk 16{TIMES}32"] * 2
     assert labels(config() | {"attn": {"name": "dense"}}) == ["dense"]
     assert labels(config(limit=8), config(limit=24)) == [
         f"topk 16{TIMES}32, task.limit=8",
         f"topk 16{TIMES}32, task.limit=24",
     ]
+
+
+SUFFIX = growing("suffix", 8, max_match=32, factor=2.0, earlier=False)
+HEAD = growing("eagle3", 4, path=None, sample=False)
+SELF = growing("selfsparse", 4, blocks=16, skip_layers=[], sample=False)
+MODEL = growing("model", 5, path=None, revision=None, sample=False)
+COMBINED = {"name": "combined", "min_match": 4, "second": "eagle3"} | {
+    part["name"]: part for part in (SUFFIX, MODEL, SELF, HEAD)
+}
+SAMPLE = {"name": "sample", "temperature": 0.8, "top_p": 1.0, "top_k": None}
+
+
+@pytest.mark.parametrize(
+    ("draft", "text"),
+    [
+        ({"name": "none"}, "no drafts"),
+        ({"name": "lookup", "k": 6, "max_ngram": 3}, "lookup 6"),
+        (growing("lookup", 6, max_ngram=3), "lookup 6"),
+        (growing("lookup", 4, 3, total=8), f"lookup tree 8 (3{TIMES}4)"),
+        (SUFFIX | {"earlier": True, "adaptive": "gain"}, "suffix 8 + earlier outputs + adaptive gain"),
+        (HEAD | {"depth": 6, "topk": 10}, f"eagle3 tree 60 (10{TIMES}6)"),
+        (HEAD | {"path": "heads/small_1", "sample": True}, "eagle3 4 (small_1) sampled"),
+        (MODEL, "model 5 (the target itself)"),
+        (MODEL | {"path": "some/folder/Tiny-30M/"}, "model 5 (Tiny-30M)"),
+        (SELF | {"adaptive": "confidence"}, "selfsparse 4 (16 blocks) + adaptive confidence 0.3"),
+        (SELF | {"blocks": None, "skip_layers": [3, 5]}, "selfsparse 4 (without layers 3,5)"),
+        (growing("oracle", acceptance=0.7, forced=False), "oracle 0.7 chain 6"),
+        (growing("oracle", 6, 10, acceptance=0.65, forced=True), f"oracle 0.65 tree 60 (10{TIMES}6) forced"),
+        (COMBINED, "suffix 8, else eagle3 4"),
+        (COMBINED | {"second": "model"}, "suffix 8, else model 5 (the target itself)"),
+    ],
+)
+def test_a_drafter_is_named_by_the_form_of_its_drafts(draft, text):
+    assert labels_of.draft_label(config() | {"draft": draft}) == text
+
+
+@pytest.mark.parametrize(
+    ("decode", "text"),
+    [
+        ({"name": "greedy"}, ""),
+        (SAMPLE, "temperature 0.8"),
+        (SAMPLE | {"top_p": 0.9, "top_k": 50}, "temperature 0.8 top-p 0.9 top-k 50"),
+        (SAMPLE | {"name": "typical", "epsilon": 0.09, "delta": 0.3}, "typical temperature 0.8"),
+        ({"name": "topk_match", "k": 2}, "top-2 match"),
+    ],
+)
+def test_decoding_is_named_where_it_is_not_greedy(decode, text):
+    assert labels_of.decode_label(config() | {"decode": decode}) == text
+    assert labels_of.decode_label(config()) == ""
+
+
+def test_settings_tell_drafter_decoding_and_batch_only_where_these_differ():
+    dense = config() | {"attn": {"name": "dense"}}
+    old, new = dense, dense | {"draft": growing("lookup", max_ngram=3), "engine": {"batch_size": 1, "wave": None}}
+    assert labels(old, new) == ["dense", "dense"]  # an earlier version's names for the same
+    assert labels(new, new | {"draft": HEAD}) == ["dense, lookup 6", "dense, eagle3 4"]
+    sampled, four = new | {"decode": SAMPLE}, new | {"engine": {"batch_size": 4, "wave": None}}
+    assert labels(new, sampled, four) == ["dense", "dense, temperature 0.8", "dense, batch 4"]
+    assert labels(sampled, sampled) == ["dense", "dense"]
+    assert labels(new, config("squad") | {"attn": {"name": "dense"}, "draft": HEAD}) == ["dense", "dense"]
+
+
+def test_drafters_of_one_form_are_told_apart_by_what_else_they_read():
+    short, long = (config() | {"draft": growing("lookup", max_ngram=n)} for n in (3, 5))
+    found = labels_of.drafting_labels([short, long, config() | {"draft": HEAD}])
+    assert [names.drafter for names in found] == ["lookup 6, max_ngram=3", "lookup 6, max_ngram=5", "eagle3 4"]
+    first, second = (config() | {"draft": COMBINED | {"suffix": SUFFIX | {"factor": f}}} for f in (1.0, 2.0))
+    unread = config() | {"draft": COMBINED | {"model": MODEL | {"depth": 9}, "suffix": SUFFIX | {"factor": 1.0}}}
+    text = "suffix 8, else eagle3 4"
+    assert [names.drafter for names in labels_of.drafting_labels([first, unread])] == [text, text]
+    assert [names.drafter for names in labels_of.drafting_labels([first, second])] == [
+        f"{text}, suffix.factor=1",
+        f"{text}, suffix.factor=2",
+    ]
+
+
+def test_a_row_knows_its_drafts(tmp_path):
+    histograms = [{"dense": (0, 3, 1), "sparse": (0, 2)}, {"dense": (0, 0, 0, 4)}]
+    stored_run(tmp_path, config() | {"draft": HEAD}, examples=2, histograms=histograms)
+    (row,) = rows.collect(tmp_path, sources="abc")
+    assert row.drafting == ("eagle3 4", "", "") and not row.forced
+    assert row.histogram("dense") == (0, 3, 1, 4) and row.histogram("sparse_ar") == ()
+    assert row.acceptance_length("dense") == pytest.approx(17 / 8)
+    assert row.request_acceptance_length("dense") == pytest.approx((5 / 4 + 3) / 2)
+    assert row.drafted("tokens_per_step", "dense") == 6 and row.drafted("time_share", "ar") == 0
+    assert row.drafted("accepted", "dense") == pytest.approx(9 / 48)
+    assert row.drafted("time_share", "dense") == pytest.approx(0.1) and row.drafted("time_share", "sparse_ar") is None
+
+
+def test_a_forced_oracle_is_marked_in_every_row(tmp_path):
+    for forced in (True, False):
+        stored_run(tmp_path, config() | {"draft": growing("oracle", acceptance=0.7, forced=forced)}, examples=2)
+    assert {row.forced: row.marks for row in rows.collect(tmp_path, sources="abc")} == {
+        True: ("forced oracle",),
+        False: (),
+    }
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,24 @@ def test_an_example_is_stored_whole_once_and_without_nan(tmp_path):
         with pytest.raises(ValueError, match="JSON"):
             store.append([record("e0", arm, seconds=float("nan")) for arm in ARMS])
         store.append(example("e0"))
+        with pytest.raises(ValueError, match="one whole example"):
+            store.append([*example("e1"), *example("e2")[:2]])
         with pytest.raises(ValueError, match="stored already"):
             store.append(example("e0"))
+        with pytest.raises(ValueError, match="one whole example"):
+            store.append([*example("e1"), *example("e2")[:2]])
+        with pytest.raises(ValueError, match="stored already"):
+            store.append([*example("e1"), *example("e2"), *example("e1")])
     assert len(reopened(tmp_path)) == 3
+
+
+def test_the_examples_of_a_wave_are_stored_together_and_kept_one_by_one(tmp_path):
+    with RunStore(tmp_path, config(), ARMS) as store:
+        store.begin(proof())
+        store.append([row for index in range(3) for row in example(f"e{index}")])
+    file = store.path / "records.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert reopened(tmp_path) == [row for index in range(2) for row in example(f"e{index}")]
 
 
 def test_other_sources_make_a_run_stale(tmp_path):

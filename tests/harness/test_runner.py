@@ -40,7 +40,7 @@ TINY_MOE = {
 Compose = Callable[..., dict[str, Any]]
 
 
-def route_as_usual(chances: Any, weights: Any, budget: Any, layer: int) -> Any:
+def route_as_usual(chances: Any, weights: Any, budget: Any, layer: int, tree: Any = None) -> Any:
     """What `restrict` would do if its budget had no effect."""
     combine = experts.route(chances, weights)
     pairs, union = int(combine.count_nonzero()), int(combine.any(0).sum())
@@ -151,7 +151,7 @@ def test_a_run_that_breaks_is_stored_with_its_reason_and_goes_on_later(
     configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured()
-    real, calls = runner._example, []
+    real, calls = runner._wave, []
 
     def breaks_at_the_second(*arguments: Any) -> Any:
         calls.append(1)
@@ -159,13 +159,13 @@ def test_a_run_that_breaks_is_stored_with_its_reason_and_goes_on_later(
             raise RuntimeError("the device\nwent away")
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "_example", breaks_at_the_second)
+    monkeypatch.setattr(runner, "_wave", breaks_at_the_second)
     with pytest.raises(runner.RunFailed, match="the device went away"):
         runner.run(config)
     summary, records, _ = stored(config)
     assert summary["status"] == "failed" and summary["reason"] == "RuntimeError: the device went away"
     assert len(records) == 3
-    monkeypatch.setattr(runner, "_example", real)
+    monkeypatch.setattr(runner, "_wave", real)
     runner.run(config)
     summary, resumed, _ = stored(config)
     assert summary["status"] == "ok" and resumed[:3] == records and len(resumed) == 9

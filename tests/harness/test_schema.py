@@ -52,7 +52,7 @@ def refusal(raw: dict[str, Any]) -> str:
 def test_default_configuration(compose: Compose) -> None:
     config = resolve(compose())
     assert isinstance(config.attn, BlockTopkAttention) and config.attn.topk == 16
-    assert isinstance(config.draft, LookupDraft) and config.draft.k == 6
+    assert isinstance(config.draft, LookupDraft) and config.draft.depth == 6
     assert config.arms == ("ar", "dense", "sparse") and config.task.data_files == ()
     assert resolve(to_dict(config)) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -107,7 +107,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"attn": {"name": "dense"}}, ["sparse would be dense", "attn=block_topk", "arms=[ar,dense]"]),
     ({"attn": {"name": "dense"}, "arms": ["sparse"]}, ["sparse would be dense", "arms=[ar,dense]"]),
     ({"draft": {"name": "none"}}, ["dense and sparse need drafts", "draft=lookup", "arms=[ar,sparse_ar]"]),
-    ({"draft.k": 0}, ["draft.k=0", "at least 1"]),
+    ({"draft.depth": 0}, ["draft.depth=0", "at least 1"]),
     ({"draft.max_ngram": 0}, ["draft.max_ngram=0", "at least 1"]),
     ({"arms": []}, ["arms=[]", "ar, dense, sparse, sparse_ar"]),
     ({"arms": ["ar", "ar"]}, ["arms=[ar,ar]", "each once"]),

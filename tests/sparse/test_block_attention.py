@@ -5,6 +5,7 @@ import torch
 
 from harness.engine.cache import PAGE
 from sparse.ops.block_attention import eager, naive
+from sparse.tree import Tree
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -56,6 +57,32 @@ def test_block_and_dense_attention_equal_the_reference(
     assert relative_error(dense, everything) < TOLERANCE[dtype]
     if kept < whole:
         assert relative_error(found, everything) > 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length, rows, heads, groups, dim, size, kept", CASES)
+def test_trees_see_their_ancestors_only(
+    length: int, rows: int, heads: int, groups: int, dim: int, size: int, kept: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(length + 1)
+    tree = Tree([int(torch.randint(-1, node, ())) for node in range(rows - 1)])
+    queries = (torch.randn(heads, rows * groups, dim) * dim**-0.5).to(dtype)
+    keys, values = torch.randn(heads, length, dim).to(dtype), torch.randn(heads, length, dim).to(dtype)
+    stored, start = paged(keys, values, length // PAGE + 2), length - rows
+    whole = start // size
+    blocks = torch.stack([torch.randperm(whole)[:kept] for _ in range(heads)])
+    options = {"tail_start": whole * size, "block_size": size, "groups": groups, "tree": tree}
+    found = eager.block_attention(queries, *stored, blocks, length=length, **options)
+    assert relative_error(found, naive.block_attention(queries, keys, values, blocks, **options)) < TOLERANCE[dtype]
+    dense = eager.dense_attention(queries, *stored, length, groups, tree)
+    everything = naive.block_attention(queries, keys, values, None, **options)
+    assert relative_error(dense, everything) < TOLERANCE[dtype]
+    if dtype is torch.float32:
+        mass = eager.attention_mass(queries, stored[0], start, length, size, groups, tree)
+        seen = naive.visible_positions(None, 0, length, size, rows, tree=tree).repeat_interleave(groups, dim=1)
+        weights = (queries @ keys.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1)
+        expected = weights[:, :, : whole * size].reshape(heads, rows * groups, whole, size).sum(-1)
+        assert torch.allclose(mass, expected, atol=1e-6)
 
 
 def test_zero_sparsity_equals_dense() -> None:

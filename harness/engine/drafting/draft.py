@@ -23,6 +23,8 @@ class Draft:
         proposals: [1 + tokens, vocab], fp32: row 0 belongs to the root, row n + 1 to token n. The distribution from
             which the children of that node were drawn one after the other, without putting back; rows of nodes without
             children are not read. None where tokens were chosen, not drawn.
+        forced: path and bonus token that a step keeps whatever the target says: a simulated acceptance, for studies of
+            speed; None for a real draft.
 
     Raises:
         ValueError: the lengths differ.
@@ -32,6 +34,7 @@ class Draft:
     parents: tuple[int, ...] = ()
     confidence: tuple[float, ...] = ()
     proposals: Tensor | None = None
+    forced: tuple[tuple[int, ...], int] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.parents) == len(self.confidence):

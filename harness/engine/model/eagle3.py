@@ -8,52 +8,50 @@ the layer's own output where the head runs ahead.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Scaled, rotated queries [..., n, heads, head_dim], rotated keys and values [..., n, kv_heads, head_dim] to the
-mixed values [..., n, heads, head_dim]."""
+from harness.engine.model.eagle3_layer import Attend, Eagle3Shape, Layer, Llama3Rope, Norm, PackedLinear
+
+__all__ = [
+    "WEIGHTS",
+    "Attend",
+    "Eagle3Head",
+    "Eagle3Shape",
+    "HeadError",
+    "Llama3Rope",
+    "feature_layers",
+    "load_head",
+    "read_shape",
+]
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files that may hold the weights of a head, the first that is there wins."""
+
+_PLAIN = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "parallel_drafting": False,
+    "use_aux_hidden_state": True,
+    "hidden_act": "silu",
+}
+"""Entries of config.json by which other tools mark variants of the layer, and what the plain head has there."""
 
 
 class HeadError(ValueError):
     """A head that cannot be used; the message is one line that names the folder and what is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Eagle3Shape:
-    """Sizes of a head.
-
-    Attributes:
-        hidden: width of the head's states and of the token embeddings that it reads.
-        features: width of the target features, three target layers side by side.
-        heads, kv_heads, head_dim, ffn: of the decoder layer.
-        vocab: of the target.
-        draft_vocab: tokens that the head can propose.
-        eps: of the norms.
-        theta: base of the rotary embedding.
-    """
-
-    hidden: int
-    features: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    draft_vocab: int
-    eps: float = 1e-5
-    theta: float = 10000.0
 
 
 def feature_layers(layers: int) -> tuple[int, int, int]:
@@ -62,67 +60,9 @@ def feature_layers(layers: int) -> tuple[int, int, int]:
     Raises:
         HeadError: the target is too shallow.
     """
-    if layers < 6:
-        raise HeadError(f"an EAGLE-3 head reads three layers of a target with at least 6 layers, this one has {layers}")
+    if layers < 7:
+        raise HeadError(f"an EAGLE-3 head reads three layers of a target with at least 7 layers, this one has {layers}")
     return 2, layers // 2, layers - 3
-
-
-class _Norm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self._eps = eps
-
-    def forward(self, states: Tensor) -> Tensor:
-        return functional.rms_norm(states, self.weight.shape, self.weight, self._eps)
-
-
-class _Attention(nn.Module):
-    def __init__(self, shape: Eagle3Shape) -> None:
-        super().__init__()
-        self._shape = shape
-        both, queries, keys = 2 * shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(both, queries, bias=False)
-        self.k_proj = nn.Linear(both, keys, bias=False)
-        self.v_proj = nn.Linear(both, keys, bias=False)
-        self.o_proj = nn.Linear(queries, shape.hidden, bias=False)
-
-    def forward(self, both: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        size = self._shape.head_dim
-        queries, keys, values = (
-            project(both).unflatten(-1, (-1, size)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attend(_rotated(queries, cos, sin) * size**-0.5, _rotated(keys, cos, sin), values)
-        output: Tensor = self.o_proj(mixed.flatten(-2))
-        return output
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, shape: Eagle3Shape) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden, shape.ffn, bias=False)
-        self.up_proj = nn.Linear(shape.hidden, shape.ffn, bias=False)
-        self.down_proj = nn.Linear(shape.ffn, shape.hidden, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
-        return output
-
-
-class _Layer(nn.Module):
-    def __init__(self, shape: Eagle3Shape) -> None:
-        super().__init__()
-        self.self_attn = _Attention(shape)
-        self.mlp = _FeedForward(shape)
-        self.input_layernorm = _Norm(shape.hidden, shape.eps)
-        self.hidden_norm = _Norm(shape.hidden, shape.eps)
-        self.post_attention_layernorm = _Norm(shape.hidden, shape.eps)
-
-    def forward(self, embeddings: Tensor, states: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        both = torch.cat((self.input_layernorm(embeddings), self.hidden_norm(states)), dim=-1)
-        states = states + self.self_attn(both, cos, sin, attend)
-        output: Tensor = states + self.mlp(self.post_attention_layernorm(states))
-        return output
 
 
 class Eagle3Head(nn.Module):
@@ -130,8 +70,10 @@ class Eagle3Head(nn.Module):
 
     Args:
         shape: sizes.
+        own_embedding: whether the head has token embeddings of its own instead of the target's.
 
     Attributes:
+        embed_tokens: the head's own token embeddings, if it has any.
         d2t: [draft_vocab], int64: what to add to a draft token's number to get the target's.
         t2d: [vocab], bool: which target tokens the head can propose.
     """
@@ -139,13 +81,14 @@ class Eagle3Head(nn.Module):
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(self, shape: Eagle3Shape) -> None:
+    def __init__(self, shape: Eagle3Shape, own_embedding: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.fc = nn.Linear(shape.features, shape.hidden, bias=False)
-        self.midlayer = _Layer(shape)
-        self.norm = _Norm(shape.hidden, shape.eps)
-        self.lm_head = nn.Linear(shape.hidden, shape.draft_vocab, bias=False)
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden) if own_embedding else None
+        self.fc = PackedLinear(shape.features, shape.hidden)
+        self.midlayer = Layer(shape)
+        self.norm = Norm(shape.hidden, shape.eps)
+        self.lm_head = PackedLinear(shape.hidden, shape.draft_vocab)
         self.register_buffer("d2t", torch.zeros(shape.draft_vocab, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(shape.vocab) < shape.draft_vocab)
 
@@ -184,6 +127,26 @@ class Eagle3Head(nn.Module):
         output: Tensor = self.midlayer(embeddings, states, cos, sin, attend)
         return output
 
+    def keys_values(self, embeddings: Tensor, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What later positions read of these ones, without the rest of the layer.
+
+        Args:
+            embeddings, states, cos, sin: as for :meth:`forward`.
+
+        Returns:
+            Rotated keys and values, each [..., n, kv_heads, head_dim].
+        """
+        return self.midlayer.self_attn.keys_values(self.midlayer.both(embeddings, states), cos, sin)
+
+    def pack(self) -> None:
+        """Copy the weights into the layout that the CPU's matrix library prefers for few rows, where it has one.
+
+        For weights that no longer change and no longer move; ``train()`` forgets the copies.
+        """
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.pack()
+
     def logits(self, states: Tensor) -> Tensor:
         """[..., hidden] to [..., draft_vocab]."""
         output: Tensor = self.lm_head(self.norm(states))
@@ -193,6 +156,8 @@ class Eagle3Head(nn.Module):
         """cos and sin [n, 1, head_dim] of positions [n], in the dtype of the weights; sin carries its sign."""
         size = self.shape.head_dim
         rates = self.shape.theta ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+        if self.shape.rope is not None:
+            rates = self.shape.rope.stretched(rates)
         angles = positions[:, None].double() * rates
         cos, sin = angles.cos(), angles.sin()
         dtype = self.norm.weight.dtype
@@ -220,33 +185,40 @@ class Eagle3Head(nn.Module):
             "draft_vocab_size": shape.draft_vocab,
             "rms_norm_eps": shape.eps,
             "rope_theta": shape.theta,
+            "rope_scaling": _rope_entry(shape.rope),
             "hidden_act": "silu",
             "torch_dtype": str(self.norm.weight.dtype).removeprefix("torch."),
             **(notes or {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS[0])
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS[0])
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [..., n, heads, head_dim]."""
-    return states * cos + states.roll(states.shape[-1] // 2, -1) * sin
+def _rope_entry(rope: Llama3Rope | None) -> dict[str, Any] | None:
+    """``rope_scaling`` of config.json."""
+    if rope is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low,
+        "high_freq_factor": rope.high,
+        "original_max_position_embeddings": rope.original,
+    }
 
 
 def read_shape(folder: Path) -> Eagle3Shape:
     """Sizes of a published head, from its config.json alone.
 
     Raises:
-        HeadError: there is none, or it describes something else.
+        HeadError: there is none, or it describes something else or a variant that is not supported.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise HeadError(f"{folder}: config.json of an EAGLE-3 head cannot be read ({error})") from error
-    try:
+        config = {**(config.get("transformer_layer_config") or {}), **config}
+        _check_variant(folder, config)
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        rope = config.get("rope_parameters") or config
         shape = Eagle3Shape(
             hidden=hidden,
             features=3 * int(config.get("target_hidden_size") or hidden),
@@ -257,43 +229,106 @@ def read_shape(folder: Path) -> Eagle3Shape:
             vocab=int(config["vocab_size"]),
             draft_vocab=int(config.get("draft_vocab_size") or config["vocab_size"]),
             eps=float(config.get("rms_norm_eps", 1e-6)),
-            theta=float(rope.get("rope_theta") or 10000.0),
+            **_read_rope(folder, config),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise HeadError(f"{folder}: config.json is not that of an EAGLE-3 head ({error})") from error
-    if int(config.get("num_hidden_layers", 1)) != 1:
-        raise HeadError(f"{folder}: a head of {config['num_hidden_layers']} layers is not supported (valid: 1)")
-    if min(asdict(shape).values()) <= 0:
-        raise HeadError(f"{folder}: config.json holds a size that is not positive")
+    except HeadError:
+        raise
+    except OSError as error:
+        raise HeadError(f"{folder}: config.json of an EAGLE-3 head cannot be read ({error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HeadError(f"{folder}: config.json is not that of an EAGLE-3 head ({error!r})") from error
+    sizes = (shape.hidden, shape.features, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.draft_vocab)
+    if min(*sizes, shape.eps, shape.theta) <= 0 or shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise HeadError(f"{folder}: config.json holds sizes that no head can have ({shape})")
+    if shape.draft_vocab > shape.vocab:
+        raise HeadError(f"{folder}: {shape.draft_vocab} draft tokens are more than the {shape.vocab} of the target")
     return shape
 
 
-def load_head(folder: Path, dtype: torch.dtype, device: torch.device) -> Eagle3Head:
+def _check_variant(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse heads whose layer differs from the published one, or that read other layers of the target."""
+    if int(config.get("num_hidden_layers", 1)) != 1:
+        raise HeadError(f"{folder}: a head of {config['num_hidden_layers']} layers is not supported (valid: 1)")
+    eagle = config.get("eagle_config") or {}
+    found = {"norm_before_residual": "speculators_model_type" in config, **eagle, **config}
+    for name, plain in _PLAIN.items():
+        if found.get(name) not in (None, plain):
+            raise HeadError(f"{folder}: a head with {name}={found[name]} is not supported (valid: {plain})")
+    layers = found.get("eagle_aux_hidden_state_layer_ids")
+    if layers:
+        # Layers are counted by their inputs, or by the outputs of the layers before them.
+        depths = (layers[-1] + 3, layers[-1] + 4)
+        usual = [[2, depths[0] // 2, depths[0] - 3], [1, depths[1] // 2 - 1, depths[1] - 4]]
+        if list(layers) not in usual:
+            raise HeadError(f"{folder}: reads the target's layers {layers} (valid: low, middle and high, as published)")
+
+
+def _read_rope(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``theta`` and ``rope`` of a shape."""
+    entry = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(entry.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    if kind == "default":
+        return {"theta": theta}
+    if kind != "llama3":
+        raise HeadError(f"{folder}: rotary scheme '{kind}' is not supported (valid: default, llama3)")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {"theta": theta, "rope": Llama3Rope(*(float(entry[name]) for name in names))}
+
+
+def load_head(folder: Path, dtype: torch.dtype, device: torch.device, *, packed: bool = True) -> Eagle3Head:
     """A published head.
 
     Args:
         folder: with config.json and model.safetensors or pytorch_model.bin.
         dtype, device: of the weights.
+        packed: whether to :meth:`Eagle3Head.pack` it.
 
     Raises:
         HeadError: files are missing or do not fit together.
     """
-    head = Eagle3Head(read_shape(folder))
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    shape = read_shape(folder)
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise HeadError(f"{folder}: the head has no weights ({' or '.join(_WEIGHTS)} is missing)")
+        raise HeadError(f"{folder}: the head has no weights ({' or '.join(WEIGHTS)} is missing)")
     try:
         found = (
             load_file(weights)
             if weights.suffix == ".safetensors"
             else torch.load(weights, map_location="cpu", weights_only=True)
         )
+        found = {_our_name(name): value for name, value in found.items()}
+        with torch.device("meta"):
+            head = Eagle3Head(shape, "embed_tokens.weight" in found)
+        head.to_empty(device="cpu")
+        head.set_vocabulary(torch.arange(shape.draft_vocab))
         missing, unknown = head.load_state_dict(found, strict=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise HeadError(f"{folder}: {weights.name} cannot be read ({str(error).splitlines()[0]})") from error
-    reduced = head.shape.draft_vocab < head.shape.vocab
-    missing = [name for name in missing if reduced or name not in ("d2t", "t2d")]
-    unknown = [name for name in unknown if name != "embed_tokens.weight"]
+    except (AttributeError, EOFError, OSError, RuntimeError, ValueError, SafetensorError, pickle.PickleError) as error:
+        raise HeadError(f"{folder}: {weights.name} cannot be read ({' '.join(str(error).split())})") from error
+    reduced = shape.draft_vocab < shape.vocab
+    missing = [name for name in missing if name != "t2d" and (reduced or name != "d2t")]
     if missing or unknown:
         raise HeadError(f"{folder}: {weights.name} lacks {missing} and has {unknown} that no EAGLE-3 head has")
-    return head.to(device=device, dtype=dtype).eval()
+    _check_vocabulary(folder, head, "t2d" in found)
+    head = head.to(device=device, dtype=dtype).eval()
+    if packed:
+        head.pack()
+    return head
+
+
+def _our_name(name: str) -> str:
+    """Tools that number their layers call the only one ``layers.0``."""
+    return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def _check_vocabulary(folder: Path, head: Eagle3Head, given: bool) -> None:
+    """Whether d2t names distinct tokens of the target, and the same ones as t2d where that is given."""
+    targets, shape = head.targets, head.shape
+    distinct = len(set(targets.tolist())) == shape.draft_vocab
+    if not distinct or int(targets.min()) < 0 or int(targets.max()) >= shape.vocab:
+        raise HeadError(f"{folder}: d2t does not lead to {shape.draft_vocab} different tokens of the target")
+    expected = torch.zeros_like(head.t2d)
+    expected[targets] = True
+    if given and not torch.equal(expected, head.t2d):
+        raise HeadError(f"{folder}: d2t and t2d do not name the same tokens")
+    head.t2d.copy_(expected)

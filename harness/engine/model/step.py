@@ -61,8 +61,15 @@ class Step:
         shape = weights.shape
         self._scale = shape.head_dim**-0.5
 
-    def new_cache(self, capacity: int, budget: AttentionBudget, batch: int = 1) -> KVCache:
-        """A cache that fits this model and holds the summaries that ``budget`` scores with."""
+    def new_cache(self, capacity: int, budget: AttentionBudget, batch: int = 1, *more: AttentionBudget) -> KVCache:
+        """A cache that fits this model and holds the summaries that ``budget`` scores with, and those of ``more``.
+
+        Raises:
+            ValueError: budgets that score cut the cache into blocks of different sizes.
+        """
+        scoring = [one for one in (budget, *more) if not one.is_dense]
+        if len({one.block_size for one in scoring}) > 1:
+            raise ValueError(f"one cache cannot be cut into blocks of {sorted({one.block_size for one in scoring})}")
         shape = self.weights.shape
         return KVCache(
             layers=shape.layers,
@@ -72,8 +79,8 @@ class Step:
             capacity=capacity,
             dtype=self.weights.dtype,
             device=self.weights.device,
-            block_size=budget.block_size,
-            summaries=budget.summaries,
+            block_size=(scoring or [budget])[0].block_size,
+            summaries=tuple(dict.fromkeys(name for one in scoring for name in one.summaries)),
         )
 
     @torch.inference_mode()
