@@ -75,6 +75,7 @@ class Drafting:
                     self._drafter(first, row, sparsity, history, cache),
                     self._drafter(second, row, sparsity, history, cache),
                     draft.min_match,
+                    draft.join,
                 )
                 for row in rows
             ]
@@ -173,7 +174,7 @@ def growth(draft: schema.GrowingDraft) -> Growth:
 def room(config: schema.Config) -> int:
     """Cache positions beyond the sequence that drafting and verification may fill."""
     parts = [part for _, part in drafters(config.draft)]
-    return max((max(1 + part.size, room_to_grow(growth(part))) for part in parts), default=1)
+    return max([1 + getattr(config.draft, "size", 0), *(room_to_grow(growth(part)) for part in parts)])
 
 
 def self_budget(config: schema.Config, draft: schema.SelfSparseDraft) -> Sparsity:

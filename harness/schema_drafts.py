@@ -103,6 +103,7 @@ class CombinedDraft(NoDraft):
 
     min_match: int = setting("matched tokens from which on the suffix drafter's draft is taken", minimum=1)
     second: str = setting("who drafts where the match is shorter", choices=("model", "selfsparse", "eagle3"))
+    join: bool = setting("where the match is shorter, verify the drafts of both in one tree")
     suffix: SuffixDraft = setting("the first drafter")
     model: ModelDraft = setting("the second drafter with draft.second=model")
     selfsparse: SelfSparseDraft = setting("the second drafter with draft.second=selfsparse")
@@ -116,7 +117,8 @@ class CombinedDraft(NoDraft):
     @property
     def size(self) -> int:
         """Draft tokens of a step at most."""
-        return max(part.size for part in self.parts)
+        sizes = [part.size for part in self.parts]
+        return sum(sizes) if self.join else max(sizes)
 
 
 def drafters(draft: NoDraft) -> list[tuple[str, GrowingDraft]]:
@@ -160,5 +162,9 @@ def check_draft(draft: NoDraft, decode: str) -> None:
                 )
             if list(layers) != sorted(set(layers)):
                 raise ConfigError(f"{path}.skip_layers={show(layers)}: name each layer once, in ascending order")
+    if isinstance(draft, CombinedDraft) and draft.join and getattr(draft.parts[1], "sample", False):
+        raise ConfigError(
+            f"draft.join=true: drawn drafts cannot be joined with others; choose draft.{draft.second}.sample=false"
+        )
     if isinstance(draft, OracleDraft) and decode != "greedy":
         raise ConfigError(f"draft=oracle: replays the greedy continuation; decode={decode} has none, choose greedy")

@@ -126,6 +126,11 @@ def _combined(target: Target, rows: int, growth: Growth, sample: Sampling | None
     return [CombinedDrafter(first, second, 3) for first, second in pairs]  # type: ignore[arg-type]
 
 
+def _joined(target: Target, rows: int, growth: Growth, sample: Sampling | None) -> list[Drafter]:
+    pairs = zip(_suffix(target, rows, growth, None), _models(target, rows, growth, None), strict=True)
+    return [CombinedDrafter(first, second, 3, join=True) for first, second in pairs]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A drafter.
@@ -154,4 +159,5 @@ CASES = [
     Case("eagle3", "eagle3", _each(_eagle), draws=True),
     Case("oracle", "oracle", _oracle),
     Case("suffix, else model", "combined", _combined, draws=True),
+    Case("suffix and model", "combined", _joined),
 ]

@@ -253,9 +253,10 @@ def _draft(config: Mapping[str, Any]) -> tuple[str, set[str]]:
         return _growing(draft), _growing_keys(draft)
     used = ("suffix", str(draft.get("second")))
     parts = {key: value for key, value in draft.items() if isinstance(value, Mapping)}
-    told = {"name", "second"} | {f"{part}.{key}" for part in used for key in _growing_keys(parts.get(part) or {})}
+    told = {"name", "second", "join"} | {f"{part}.{key}" for part in used for key in _growing_keys(parts.get(part) or {})}
     told |= set(flatten({part: keys for part, keys in parts.items() if part not in used}))
-    return ", else ".join(_growing({"name": part} | dict(parts.get(part) or {})) for part in used), told
+    between = " and " if draft.get("join") else ", else "
+    return between.join(_growing({"name": part} | dict(parts.get(part) or {})) for part in used), told
 
 
 def _growing(draft: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ def head(tmp_path: Path) -> Path:
         "draft=selfsparse draft.blocks=null draft.skip_layers=[1,4] attn.block_size=32 attn.topk=4",
         "draft=eagle3 draft.topk=3 draft.depth=3 draft.total=6",
         "draft=combined draft.second=selfsparse",
+        "draft=combined draft.second=model draft.join=true draft.model.topk=2",
         "draft=lookup draft.adaptive=confidence",
         "draft=lookup draft.adaptive=gain",
     ],

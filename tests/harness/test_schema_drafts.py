@@ -18,6 +18,10 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["draft=combined", "draft.eagle3.sample=true"], ["draft.eagle3.sample=true", "decode=sample"]),
     (["draft=selfsparse", "draft.blocks=null"], ["draft.blocks=null", "draft.skip_layers=[]"]),
     (["draft=selfsparse", "draft.skip_layers=[4,2]"], ["draft.skip_layers=[4,2]", "ascending"]),
+    (
+        ["draft=combined", "draft.join=true", "decode=sample", "draft.eagle3.sample=true"],
+        ["draft.join=true", "draft.eagle3.sample=false"],
+    ),
     (["draft=oracle", "decode=sample"], ["draft=oracle", "decode=sample", "greedy"]),
     (["draft=oracle", "draft.acceptance=1.5"], ["draft.acceptance=1.5", "from 0 to 1"]),
     (["draft.adaptive=sometimes"], ["draft.adaptive=sometimes", "never, confidence, gain"]),

@@ -1,13 +1,17 @@
 """Two drafters as one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.engine.drafting.base import Drafter, NoDrafter
-from harness.engine.drafting.combined import CombinedDrafter, MatchingDrafter
+from harness.engine.drafting.combined import CombinedDrafter, MatchingDrafter, joined
 from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
@@ -48,6 +52,45 @@ def test_the_second_is_asked_where_the_match_is_short(
     cheap, model = Recorder(first, match), Recorder(second)
     assert CombinedDrafter(cheap, model, 3).propose(4).tokens == expected
     assert cheap.told == [("propose", 4)] and model.told == ([("propose", 4)] if asked else [])
+
+
+@given(
+    seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), sizes=st.tuples(st.integers(0, 9), st.integers(0, 9))
+)
+def test_joined_drafts_have_the_paths_of_both_once(seeds: tuple[int, int], sizes: tuple[int, int]) -> None:
+    def draft(seed: int, size: int) -> Draft:
+        """A random tree over four tokens, siblings different."""
+        random, used, tokens, parents = Random(seed), set[tuple[int, int]](), [], []
+        while len(tokens) < size:
+            edge = (random.randint(-1, len(tokens) - 1), random.randint(0, 3))
+            if edge not in used:
+                used.add(edge)
+                parents.append(edge[0])
+                tokens.append(edge[1])
+        return Draft(tuple(tokens), tuple(parents), tuple(random.random() for _ in tokens))
+
+    def paths(draft: Draft) -> dict[tuple[int, ...], float]:
+        found: list[tuple[int, ...]] = []
+        for token, parent in zip(draft.tokens, draft.parents, strict=True):
+            found.append((*(found[parent] if parent >= 0 else ()), token))
+        return dict(zip(found, draft.confidence, strict=True))
+
+    first, second = (draft(seed, size) for seed, size in zip(seeds, sizes, strict=True))
+    both, one, other = paths(joined(first, second)), paths(first), paths(second)
+    assert len(both) == len(joined(first, second)) and set(both) == set(one) | set(other)
+    assert all(both[path] == max(one.get(path, 0), other.get(path, 0)) for path in both)
+
+
+def test_drawn_and_forced_drafts_are_not_joined() -> None:
+    chain = Draft.chain([1, 2])
+    for other in (replace(chain, proposals=torch.ones(3, 4)), replace(chain, forced=((0,), 2))):
+        with pytest.raises(ValueError, match="joined"):
+            joined(chain, other)
+
+
+def test_a_short_match_joins_and_a_long_one_does_not() -> None:
+    assert CombinedDrafter(Recorder([1, 2], 1), Recorder([1, 9]), 3, join=True).propose(4).tokens == (1, 2, 9)
+    assert CombinedDrafter(Recorder([1, 2], 3), Recorder([1, 9]), 3, join=True).propose(4).tokens == (1, 2)
 
 
 def test_both_see_everything() -> None:
