@@ -137,8 +137,13 @@ def plan(config: Config) -> Plan:
     capacity = max(len(item.ids) for item in prepared) + config.task.max_new_tokens
     budgets.check_lengths(config, sparsity.attention, capacity)
     drafters.check(config, shape, tokenizer, capacity)
+    if config.engine.batch_size > len(prepared):
+        raise ConfigError(
+            f"engine.batch_size={config.engine.batch_size}: there are {len(prepared)} examples (valid: up to that)"
+        )
     wave = min(_wave(config), len(prepared))
-    _check_memory(config, shape, wave * (capacity + drafters.room(config)), device)
+    positions = wave * (capacity + drafters.room(config))
+    _check_memory(config, shape, positions, device, drafters.memory(config, shape, dtype, positions))
     required = budgets.required_paths(sparsity)
     return Plan(
         config=config,
@@ -259,7 +264,7 @@ def _prompt_limit(config: Config, positions: int) -> int:
     return wanted or room
 
 
-def _check_memory(config: Config, shape: ModelShape, positions: int, device: torch.device) -> None:
+def _check_memory(config: Config, shape: ModelShape, positions: int, device: torch.device, drafting: int) -> None:
     """Refuse a model whose weights, their copies by channel, and cache cannot fit."""
     carved = isinstance(config.model, schema.CarvedModelConfig)
     copies = 2 * carved + (config.ffn.name != "dense")
@@ -267,8 +272,9 @@ def _check_memory(config: Config, shape: ModelShape, positions: int, device: tor
     cache = shape.kv_bytes_per_token * positions
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if weights + cache > _MEMORY_SHARE * free:
+    if weights + cache + drafting > _MEMORY_SHARE * free:
         raise ConfigError(
-            f"model={config.model.name}: {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of cache do not "
-            f"fit into {free / 1e9:.1f} GB of free memory (valid: a smaller model or dtype, shorter prompts)"
+            f"model={config.model.name}: {weights / 1e9:.1f} GB of weights, {cache / 1e9:.1f} GB of cache and "
+            f"{drafting / 1e9:.1f} GB for draft={config.draft.name} do not fit into {free / 1e9:.1f} GB of free memory "
+            "(valid: a smaller model or dtype, shorter prompts, a smaller engine.wave)"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from harness.engine.drafting.pace import ConfidencePace, GainPace, StepCost
 from harness.engine.drafting.selfsparse import SelfSparseDrafter
 from harness.engine.drafting.suffix import SharedHistory, SuffixDrafter
 from harness.engine.model import eagle3, loading
-from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions
+from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions, model_shape
 from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
 from harness.engine.sampling import Sampling
+from harness.evidence import provenance
 from harness.fields import ConfigError, show
 from harness.schema_drafts import TRAIN_DRAFT, drafters
 from sparse.budget import AttentionBudget, Sparsity
@@ -50,7 +52,7 @@ class Drafting:
         clock: seconds.
         head: of ``draft=eagle3``.
         model: step of the draft model of ``draft=model``.
-        costs: measured step times per budget.
+        costs: measured times of steps and drafts, per drafter and budget.
     """
 
     config: schema.Config
@@ -60,7 +62,7 @@ class Drafting:
     clock: Callable[[], float]
     head: eagle3.Eagle3Head | None = None
     model: Step | None = None
-    costs: dict[Sparsity, StepCost] = field(default_factory=dict)
+    costs: dict[tuple[schema.GrowingDraft, Sparsity], StepCost] = field(default_factory=dict)
 
     def of_arm(self, sparsity: Sparsity) -> list[Drafter]:
         """One drafter per row of the cache for an arm with these budgets."""
@@ -126,27 +128,62 @@ class Drafting:
         if draft.adaptive == "confidence":
             return ConfidencePace(draft.min_confidence)
         if draft.adaptive == "gain":
-            if sparsity not in self.costs:
-                self.costs[sparsity] = self._measure(sparsity, draft.size)
-            return GainPace(self.costs[sparsity])
+            key = (draft, sparsity)
+            if key not in self.costs:
+                self.costs[key] = StepCost.fit(self._steps(sparsity, draft.size), self._drafting(draft, sparsity))
+            return GainPace(self.costs[key])
         return None
 
-    def _measure(self, sparsity: Sparsity, size: int) -> StepCost:
-        """Seconds of verification steps by their tokens, on a context of the usual length."""
-        samples = []
+    def _tokens(self, count: int) -> list[int]:
+        """Random tokens, so that experts are spread as in text."""
+        random = Random(count)
+        return [random.randrange(self.step.weights.shape.vocab) for _ in range(count)]
+
+    def _place(self, most: int) -> int:
+        """A context of the usual length that leaves room for ``most`` tokens."""
+        length = max(1, min(self.context, self.step.weights.positions - most))
         self.cache.truncate(0, 0)
-        self.cache.advance(0, self.context)
-        for tokens in [count for count in _SIZES if count <= size + 1] or [1]:
-            run = Verification(sparsity)
-            segment = Segment(0, [0] * tokens)
+        self.cache.advance(0, length)
+        return length
+
+    def _steps(self, sparsity: Sparsity, size: int) -> list[tuple[int, float]]:
+        """(tokens, seconds) of verification steps on a context of the usual length."""
+        sizes = [count for count in _SIZES if count <= size + 1]
+        samples, length = [], self._place(sizes[-1])
+        for tokens in sizes:
+            run, segment = Verification(sparsity), Segment(0, self._tokens(tokens))
             for trial in range(_TRIALS + 1):
                 start = self.clock()
                 self.step.run([segment], self.cache, run)
                 if trial:
                     samples.append((tokens, self.clock() - start))
-                self.cache.truncate(0, self.context)
+                self.cache.truncate(0, length)
         self.cache.truncate(0, 0)
-        return StepCost.fit(samples)
+        return samples
+
+    def _drafting(self, draft: schema.GrowingDraft, sparsity: Sparsity) -> float:
+        """Seconds per draft token of a drafter that runs a model, levels of a tree shared out; 0 for the others."""
+        if not isinstance(draft, schema.ModelDraft | schema.SelfSparseDraft | schema.Eagle3Draft) or draft.depth < 2:
+            return 0.0
+        length, taps = self._place(draft.size + 1), len(self.step.taps)
+        drafter = self._drafter(replace(draft, adaptive="never"), 0, sparsity, None, self._model_cache(1))
+        features = torch.zeros(
+            length,
+            taps * self.step.weights.shape.hidden,
+            dtype=self.step.weights.dtype,
+            device=self.step.weights.device,
+        )
+        drafter.reset(self._tokens(length), features[1:])
+        drafter.observe([1], features[:1])
+        times: dict[int, list[float]] = {1: [], draft.depth: []}
+        for _ in range(_TRIALS + 1):
+            for depth, seconds in times.items():
+                start = self.clock()
+                drafter.propose(depth)
+                seconds.append(self.clock() - start)
+        self.cache.truncate(0, 0)
+        shortest, longest = (min(seconds[1:]) for seconds in times.values())
+        return max(0.0, longest - shortest) / ((draft.depth - 1) * draft.topk)
 
 
 def rule(config: schema.Config) -> Rule:
@@ -200,6 +237,28 @@ def head_folder(config: schema.Config, draft: schema.Eagle3Draft) -> Path:
     return loading.cache_dir() / "eagle3" / str(config.model.name)
 
 
+def memory(config: schema.Config, shape: ModelShape, dtype: torch.dtype, positions: int) -> int:
+    """Bytes that drafters need beside the target, roughly: weights, a cache in each drafting arm, features.
+
+    Args:
+        config: resolved, its drafters checked.
+        shape: of the target.
+        dtype: of both.
+        positions: of a cache, all rows together.
+    """
+    arms, found = len({"dense", "sparse"} & set(config.arms)), 0
+    for _, part in drafters(config.draft):
+        if isinstance(part, schema.ModelDraft):
+            own = shape
+            if part.path is not None:
+                own = model_shape(models.library_config(_draft_model(config, part)), dtype)
+                found += own.weight_bytes + own.itemsize * own.hidden * own.vocab
+            found += arms * own.kv_bytes_per_token * positions
+        elif isinstance(part, schema.Eagle3Draft):
+            found += 3 * shape.hidden * shape.itemsize * positions
+    return found
+
+
 def taps(config: schema.Config, shape: ModelShape) -> tuple[int, ...]:
     """Target layers whose inputs the drafter reads."""
     reads = any(isinstance(part, schema.Eagle3Draft) for _, part in drafters(config.draft))
@@ -222,14 +281,27 @@ def check(config: schema.Config, shape: ModelShape, tokenizer: Any, capacity: in
         if isinstance(part, schema.Eagle3Draft):
             _check_head(config, part, path, shape)
         elif isinstance(part, schema.ModelDraft) and part.path is not None:
+            if isinstance(config.model, schema.ShapeModelConfig):
+                raise ConfigError(f"{path}.path={part.path}: model=shape reads bytes, no draft model does; choose null")
             _check_model(config, part, path, shape, tokenizer, capacity)
         elif isinstance(part, schema.SelfSparseDraft):
+            _check_blocks(config, part, path, capacity)
             layers = part.skip_layers
             if layers and (layers[-1] >= shape.layers or len(layers) == shape.layers):
                 raise ConfigError(
                     f"{path}.skip_layers={show(layers)}: the model has layers 0 to {shape.layers - 1}, and at "
                     "least one must run"
                 )
+
+
+def _check_blocks(config: schema.Config, draft: schema.SelfSparseDraft, path: str, capacity: int) -> None:
+    budget = self_budget(config, draft).attention
+    whole = (capacity - 1) // budget.block_size
+    if not budget.is_dense and not budget.skips(0, whole * budget.block_size):
+        raise ConfigError(
+            f"{path}.blocks={draft.blocks}: the longest sequence of this run fills {whole} blocks of "
+            f"{budget.block_size}, so the draft would cost as much as the target (valid: below {whole})"
+        )
 
 
 def _check_head(config: schema.Config, draft: schema.Eagle3Draft, path: str, shape: ModelShape) -> None:
@@ -239,7 +311,7 @@ def _check_head(config: schema.Config, draft: schema.Eagle3Draft, path: str, sha
         raise ConfigError(f"{path}.path={show(draft.path)}: {where}; make one with {TRAIN_DRAFT}")
     try:
         eagle3.feature_layers(shape.layers)
-        head = eagle3.read_shape(folder)
+        head = eagle3.read_shape(folder, shape.layers)
     except eagle3.HeadError as error:
         raise ConfigError(f"{path}.path={show(draft.path)}: {error}") from error
     if (head.features, head.hidden, head.vocab) != (3 * shape.hidden, shape.hidden, shape.vocab):
@@ -311,6 +383,8 @@ def file_hashes(config: schema.Config) -> dict[str, str]:
             if not weights.is_file():
                 raise ConfigError(f"{path}.path={show(part.path)}: no head lies there; make one with {TRAIN_DRAFT}")
             found[f"{path}.head"] = models.file_sha256(f"{path}.path", weights)
+            found[f"{path}.head_config"] = models.file_sha256(f"{path}.path", folder / "config.json")
         elif isinstance(part, schema.ModelDraft) and part.path is not None:
-            found[f"{path}.model"] = models.checkpoint_name(part.path)
+            local = Path(part.path).expanduser()
+            found[f"{path}.model"] = provenance.content_hash(local) or part.path
     return found

@@ -149,12 +149,14 @@ def _tracker(config: Config) -> tracking.Tracker:
 
 def _warm_up(plan: Plan, engine: Engine) -> None:
     """Run every arm briefly on the first prompts, so that no arm pays for first calls."""
-    for item in plan.prepared[: plan.config.engine.warmup]:
-        prefix = engine.decoder.prefill(item.ids)
-        tokens = min(_WARMUP_TOKENS, plan.config.task.max_new_tokens)
-        _tell_replays(engine, [prefix], tokens)
+    decoder, tokens = engine.decoder, min(_WARMUP_TOKENS, plan.config.task.max_new_tokens)
+    for start in range(0, min(plan.config.engine.warmup, len(plan.prepared))):
+        items = plan.prepared[start : start + plan.wave]
+        # Backwards, so that no drafter knows a timed prompt already.
+        prefixes = [decoder.prefill(item.ids[::-1], row) for row, item in enumerate(items)]
+        _tell_replays(engine, prefixes, tokens)
         for arm in plan.config.arms:
-            engine.decoder.decode(prefix, engine.drafters[arm][0], plan.budgets[arm], tokens)
+            decoder.decode_all(prefixes, engine.drafters[arm][: len(items)], plan.budgets[arm], tokens)
 
 
 def _wave(plan: Plan, engine: Engine, items: list[Prepared], number: int) -> list[Record]:
@@ -168,7 +170,7 @@ def _wave(plan: Plan, engine: Engine, items: list[Prepared], number: int) -> lis
         arm: decoder.decode_all(prefixes, engine.drafters[arm][: len(items)], plan.budgets[arm], tokens)
         for arm in order
     }
-    wave = items[0].example.id if len(items) > 1 else ""
+    wave = items[0].example.id if config.engine.batch_size > 1 else ""
     records = []
     for row, item in enumerate(items):
         own = {arm: decoded[arm][row] for arm in config.arms}
@@ -199,10 +201,15 @@ def _analyse(plan: Plan, engine: Engine, prefix: Prefix, decoded: dict[str, Deco
     probe = None if sparsity.attention.is_dense else SelectionAnalysis(sparsity.attention, plan.shape.layers)
     dense = engine.decoder.replay(prefix, truth, Sparsity())
     sparse = engine.decoder.replay(prefix, truth, sparsity, probe)
-    found: dict[str, Any] = {"fidelity": asdict(compare(dense, sparse, truth))}
+    found: dict[str, Any] = {"fidelity": asdict(compare(dense, sparse, truth, _deterministic(plan.config)))}
     if probe is not None:
         found["selections"] = probe.means()
     return {"sparse": found}
+
+
+def _deterministic(config: Config) -> bool:
+    """Whether every arm keeps the target's greedy tokens, so that outputs and acceptances may be compared."""
+    return config.decode.name == "greedy" and not getattr(config.draft, "forced", False)
 
 
 def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, wave: str, extra: dict[str, Any]) -> Record:
@@ -267,6 +274,10 @@ def _describe(
     notes = [f"{len(cut)} of {len(plan.prepared)} prompts lost the middle of their document"] if cut else []
     if plan.config.task.source == "bundled":
         notes.append("bundled or synthetic examples written for this project")
+    if getattr(plan.config.draft, "forced", False):
+        notes.append(
+            "acceptance was chosen, not measured: outputs, quality and fidelity of the drafting arms mean nothing"
+        )
     if facts.get("other_load", 0) > _QUIET:
         notes.append(f"other processes used {facts['other_load']:.0%} of the CPU meanwhile: timings are unreliable")
     return build_summary(
@@ -284,6 +295,7 @@ def _describe(
         peak_memory=dict.fromkeys(plan.config.arms, _peak_memory(plan.device)),
         notes=notes,
         seed=plan.config.seed,
+        greedy=_deterministic(plan.config),
     )
 
 

@@ -23,9 +23,11 @@ class NoDraft:
 class GrowingDraft(NoDraft):
     """What every drafter has: the form of its drafts and when it stops early."""
 
-    depth: int = setting("draft tokens on a path at most", minimum=1)
-    topk: int = setting("children of a draft token at most, and tokens of a level that grow on; 1 = chains", minimum=1)
-    total: int | None = setting("draft tokens of a step at most, null = depth * topk", minimum=1)
+    depth: int = setting("draft tokens on a path at most", minimum=1, maximum=256)
+    topk: int = setting(
+        "children of a draft token at most, and tokens of a level that grow on; 1 = chains", minimum=1, maximum=256
+    )
+    total: int | None = setting("draft tokens of a step at most, null = depth * topk", minimum=1, maximum=1024)
     adaptive: str = setting(
         "when a draft ends early: never, confidence = below draft.min_confidence, gain = when the measured cost of one "
         "more token exceeds its expected gain",
@@ -45,14 +47,14 @@ class GrowingDraft(NoDraft):
 class LookupDraft(GrowingDraft):
     """Prompt lookup: drafts copied from behind earlier occurrences of the last n-gram."""
 
-    max_ngram: int = setting("longest n-gram of recent tokens looked up", minimum=1)
+    max_ngram: int = setting("longest n-gram of recent tokens looked up", minimum=1, maximum=64)
 
 
 @dataclass(frozen=True, slots=True)
 class SuffixDraft(GrowingDraft):
     """Drafts from a suffix automaton over prompt and output, longer where more matches."""
 
-    max_match: int = setting("longest match that counts, in tokens", minimum=1)
+    max_match: int = setting("longest match that counts, in tokens", minimum=1, maximum=256)
     factor: float = setting("draft tokens on a path per matched token at most", above=0)
     earlier: bool = setting("also draft from earlier outputs of the run; acceptance then depends on their order")
 
@@ -166,5 +168,7 @@ def check_draft(draft: NoDraft, decode: str) -> None:
         raise ConfigError(
             f"draft.join=true: drawn drafts cannot be joined with others; choose draft.{draft.second}.sample=false"
         )
+    if isinstance(draft, OracleDraft) and draft.adaptive != "never":
+        raise ConfigError(f"draft.adaptive={draft.adaptive}: draft=oracle chooses its acceptance; choose never")
     if isinstance(draft, OracleDraft) and decode != "greedy":
         raise ConfigError(f"draft=oracle: replays the greedy continuation; decode={decode} has none, choose greedy")

@@ -108,7 +108,9 @@ def prepare(options: argparse.Namespace) -> tuple[Batches, dict[str, Any]]:
     """
     if min(options.context, options.tokens - 1, options.draft, options.repeats, options.batch - 1) < 1:
         raise ValueError("--batch and --tokens must be at least 2, --context, --draft and --repeats at least 1")
-    budget = AttentionBudget(topk=max(2, options.kept // 16))
+    if options.kept < 32 or options.kept % 16:
+        raise ValueError(f"--kept={options.kept}: must be a multiple of 16 of at least 32")
+    budget = AttentionBudget(topk=options.kept // 16)
     if options.context <= options.kept + budget.block_size:
         raise ValueError(f"--kept={options.kept} covers --context={options.context}, so nothing would be skipped")
     device = loading.resolve_device(options.device)

@@ -306,5 +306,8 @@ class Sparsity:
 
     @property
     def shares_nothing(self) -> bool:
-        """Whether FFN and MoE layers choose nothing, so that the sequences of a batch may run through them at once."""
-        return self.ffn.is_dense and self.moe.is_dense and not self.reuse.skip
+        """Whether FFN and MoE layers choose nothing, so that the sequences of a batch may run through them at once.
+
+        Otherwise channels and experts are chosen, read and counted for each sequence alone.
+        """
+        return self.ffn.is_dense and self.moe.is_dense and not {"channels", "ffn"} & set(self.reuse.skip)

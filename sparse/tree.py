@@ -20,6 +20,7 @@ class Tree:
         device: of the tensors.
 
     Attributes:
+        depth: tokens on the longest path below the root.
         depths: [1 + draft tokens], int64: distance from the root, which is token 0.
         visible: [1 + draft tokens] squared, bool: whether a token (row) sees another (column): its ancestors and
             itself.
@@ -28,7 +29,7 @@ class Tree:
         ValueError: a parent does not stand before its child.
     """
 
-    __slots__ = ("_masks", "depths", "visible")
+    __slots__ = ("_masks", "depth", "depths", "visible")
 
     def __init__(self, parents: Sequence[int], device: torch.device | str = "cpu") -> None:
         depths, seen = [0], [[0]]
@@ -37,7 +38,7 @@ class Tree:
                 raise ValueError(f"draft token {node} has the parent {parent}, which does not stand before it")
             depths.append(depths[parent + 1] + 1)
             seen.append([*seen[parent + 1], node + 1])
-        size = len(depths)
+        size, self.depth = len(depths), max(depths)
         pairs = torch.tensor([row * size + column for row, columns in enumerate(seen) for column in columns])
         visible = torch.zeros(size * size, dtype=torch.bool)
         visible[pairs] = True

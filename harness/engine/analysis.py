@@ -29,7 +29,8 @@ class SelectionAnalysis(Probe):
         every: observe every n-th step.
 
     Attributes:
-        overlap: [layers][distances], sums of the share of a row's own blocks that the row ``distance`` later has too.
+        overlap: [layers][distances], sums of the share of a row's own blocks that the row ``distance`` tokens after it,
+            on the same path of a tree, has too.
         pairs: as ``overlap``, how many.
         recall, oracle: [layers], sums over observed steps of the attention mass that the step's selection sees, and
             that the best selection of the same size would see; mean over rows and heads.
@@ -87,11 +88,16 @@ class SelectionAnalysis(Probe):
             alone = replace(alone, length=view.start + 1) if budget.score == "oracle" else alone
             masks.append(select_blocks(scores(budget, alone), budget, keep).mask(blocks))
         self._masks[layer] = masks[0].flatten().cpu()
+        depths = list(range(rows)) if view.tree is None else view.tree.depths.tolist()
         for first in range(rows):
-            for second in range(first + 1, min(rows, first + self._distances + 1)):
+            for second in range(first + 1, rows):
+                distance = depths[second] - depths[first]
+                apart = view.tree is not None and not view.tree.visible[second, first]
+                if apart or distance > self._distances:
+                    continue
                 shared = (masks[first] & masks[second]).sum() / masks[first].sum()
-                self.overlap[layer, second - first - 1] += shared.item()
-                self.pairs[layer, second - first - 1] += 1
+                self.overlap[layer, distance - 1] += shared.item()
+                self.pairs[layer, distance - 1] += 1
         mass = attention_mass(
             view.queries, view.keys, view.start, view.length, budget.block_size, view.groups, view.tree
         )

@@ -76,7 +76,7 @@ class Prefix:
         first: the token after the prompt; its cost belongs to the prefill.
         features: of all prompt tokens, where the step has taps.
         seconds: wall-clock of the prefill.
-        summary_seconds: wall-clock of the block summaries that only sparse arms need.
+        summary_seconds: wall-clock of the block summaries that arms need which choose blocks, be it for drafting.
     """
 
     prompt: tuple[int, ...]
@@ -112,20 +112,23 @@ class StepTaken:
 class Decoded:
     """What one arm did with one prompt.
 
-    Sequences that are decoded together share each step's time and traffic evenly, so that sums over sequences are
-    wall-clock and traffic.
+    Sequences that are decoded together share the time of each step evenly, and the traffic of all of them by their
+    numbers of steps, so that sums over sequences are wall-clock and traffic. Bytes per step of such a sequence are its
+    share, while ``step_seconds`` are the whole steps that it took part in.
 
     Attributes:
         output: token ids, the prefill's token first.
-        seconds: wall-clock of decoding without prefill, this sequence's share.
-        ttft_seconds: wall-clock to the first token: prefill, and summaries or draft index where the arm needs them.
+        seconds: wall-clock of decoding, this sequence's share; without the prefill that all arms share, with what the
+            drafter alone does with the prompt.
+        ttft_seconds: wall-clock to the first token: prefill, and block summaries where the arm needs them.
         histogram: steps by the number of new tokens they yielded (METHOD section 8).
         step_seconds: wall-clock of each step, drafting and acceptance included.
-        draft_seconds, accept_seconds: this sequence's share of their totals.
+        draft_seconds, accept_seconds: this sequence's share of their totals, both parts of ``seconds``.
         bytes, flops: this sequence's share of the cost model's totals.
         transcript: each step.
         trace: counters of all sequences that were decoded together.
-        leads: whether this is the first of these sequences, so that sums over sequences count ``trace`` once.
+        leads: whether this is the first of these sequences that took a step, so that sums over sequences count
+            ``trace`` once.
         share: this sequence's part of all steps of the sequences that were decoded together.
     """
 
@@ -146,13 +149,14 @@ class Decoded:
 
 @dataclass(slots=True)
 class _Sequence:
-    """A prompt while it is decoded."""
+    """A prompt while it is decoded; ``prepared`` is what the drafter took for the prompt, in seconds."""
 
     prefix: Prefix
     drafter: Drafter
     result: Decoded
     random: Random
-    finished: bool = False
+    prepared: float
+    finished: bool
     draft: Draft = field(default_factory=Draft)
 
 
@@ -231,9 +235,9 @@ class Decoder:
             ValueError: the cache is too small.
         """
         clock = self._clock
-        run = Verification(sparsity, Trace(clock=self._component_clock))
+        tapped = any(getattr(drafter, "reads_features", False) for drafter in drafters)
+        run = Verification(sparsity, Trace(clock=self._component_clock), tapped=tapped)
         sequences = [self._start(prefix, drafter, run) for prefix, drafter in zip(prefixes, drafters, strict=True)]
-        sequences[0].result.leads = True
         waiting = [one for one in sequences if not one.finished and max_new_tokens > 1]
         active: list[_Sequence] = []
         began = clock()
@@ -242,33 +246,38 @@ class Decoder:
             active, waiting = active + waiting[:free], waiting[free:]
             self._one_step(active, run, max_new_tokens)
             active = [one for one in active if not one.finished]
-        self._share([one.result for one in sequences], clock() - began, run)
+        self._share(sequences, clock() - began, run)
         return [one.result for one in sequences]
 
     def _start(self, prefix: Prefix, drafter: Drafter, run: Verification) -> _Sequence:
         """Roll the row back to the prompt and tell the drafter."""
         self._cache.truncate(prefix.row, len(prefix.prompt))
         result = Decoded([prefix.first], trace=run.trace, leads=False)
+        chooses = bool(run.sparsity.attention.summaries) or getattr(drafter, "reads_blocks", False)
+        result.ttft_seconds = prefix.seconds + (prefix.summary_seconds if chooses else 0.0)
         start = self._clock()
         features = prefix.features
         drafter.reset(prefix.prompt, None if features is None else features[:-1], prefix.seed)
         drafter.observe(result.output, None if features is None else features[-1:])
-        summaries = prefix.summary_seconds if run.sparsity.attention.summaries else 0.0
-        result.ttft_seconds = prefix.seconds + summaries + (self._clock() - start)
+        prepared = self._clock() - start
         finished = self._stop.cut(result.output, 1) is not None
-        return _Sequence(prefix, drafter, result, Random(f"{prefix.seed} decode"), finished)
+        return _Sequence(prefix, drafter, result, Random(f"{prefix.seed} decode"), prepared, finished)
 
-    def _share(self, results: list[Decoded], seconds: float, run: Verification) -> None:
+    def _share(self, sequences: list[_Sequence], seconds: float, run: Verification) -> None:
         """Give each sequence its share of what all of them took together."""
         shape, trace = self._step.weights.shape, run.trace
+        results = [one.result for one in sequences]
         taken = sum(result.seconds for result in results)
         steps = sum(len(result.step_seconds) for result in results)
         total_bytes = trace_bytes(shape, run.sparsity.attention, trace)
         total_flops = trace_flops(shape, trace)
-        for result in results:
-            result.seconds *= seconds / taken if taken else 0.0
+        for one in sequences:
+            result = one.result
+            result.seconds = one.prepared + result.seconds * (seconds / taken if taken else 0.0)
+            result.draft_seconds += one.prepared
             result.share = len(result.step_seconds) / steps if steps else 0.0
             result.bytes, result.flops = total_bytes * result.share, total_flops * result.share
+        next((result for result in results if result.step_seconds), results[0]).leads = True
 
     def replay(self, prefix: Prefix, decoded: Decoded, sparsity: Sparsity, probe: Probe | None = None) -> list[Tensor]:
         """Run the steps of ``decoded`` again under ``sparsity``, each with the same draft and from the same tokens.
@@ -307,8 +316,8 @@ class Decoder:
         lengths = [cache.lengths[one.prefix.row] for one in active]
         segments = [self._segment(one.prefix.row, one.result.output[-1], one.draft) for one in active]
         output = self._step.run(segments, cache, run)
-        judged = self._rule.judge(output.logits)
         verified = clock()
+        judged = self._rule.judge(output.logits)
         place = 0
         for one, length in zip(active, lengths, strict=True):
             own = slice(place, place + 1 + len(one.draft))

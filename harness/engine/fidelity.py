@@ -21,22 +21,24 @@ class Fidelity:
         agreeing: of these, tokens for which the sparse step's most probable token is the dense one's.
         kl: sum of KL(dense || sparse) over the compared tokens, in nats.
         steps: steps compared.
-        flips: steps whose draft the sparse step would have accepted to another length.
+        flips: steps whose draft the sparse step would have accepted to another length; None where acceptance is not
+            greedy, or forced.
     """
 
     tokens: int
     agreeing: int
     kl: float
     steps: int
-    flips: int
+    flips: int | None
 
 
-def compare(dense: Sequence[Tensor], sparse: Sequence[Tensor], decoded: Decoded) -> Fidelity:
+def compare(dense: Sequence[Tensor], sparse: Sequence[Tensor], decoded: Decoded, greedy: bool = True) -> Fidelity:
     """Compare two replays of one decode.
 
     Args:
         dense, sparse: logits per step, each [rows, vocab], from ``Decoder.replay`` over ``decoded``.
         decoded: what was replayed.
+        greedy: whether its drafts were accepted by the target's greedy choices.
     """
     tokens = agreeing = flips = 0
     kl = 0.0
@@ -49,4 +51,4 @@ def compare(dense: Sequence[Tensor], sparse: Sequence[Tensor], decoded: Decoded)
         log_dense = functional.log_softmax(ours[rows].float(), -1)
         log_sparse = functional.log_softmax(theirs[rows].float(), -1)
         kl += float(functional.kl_div(log_sparse, log_dense, reduction="sum", log_target=True))
-    return Fidelity(tokens, agreeing, kl, len(decoded.transcript), flips)
+    return Fidelity(tokens, agreeing, kl, len(decoded.transcript), flips if greedy else None)

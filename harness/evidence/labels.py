@@ -253,7 +253,9 @@ def _draft(config: Mapping[str, Any]) -> tuple[str, set[str]]:
         return _growing(draft), _growing_keys(draft)
     used = ("suffix", str(draft.get("second")))
     parts = {key: value for key, value in draft.items() if isinstance(value, Mapping)}
-    told = {"name", "second", "join"} | {f"{part}.{key}" for part in used for key in _growing_keys(parts.get(part) or {})}
+    told = {"name", "second", "join"} | {
+        f"{part}.{key}" for part in used for key in _growing_keys(parts.get(part) or {})
+    }
     told |= set(flatten({part: keys for part, keys in parts.items() if part not in used}))
     between = " and " if draft.get("join") else ", else "
     return between.join(_growing({"name": part} | dict(parts.get(part) or {})) for part in used), told

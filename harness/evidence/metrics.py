@@ -28,6 +28,7 @@ def summarise(
     peak_memory: Mapping[str, int | None] | None = None,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
+    greedy: bool = True,
 ) -> dict[str, Any]:
     """The measured part of summary.json (DESIGN section 4) over the examples that every arm finished.
 
@@ -36,6 +37,8 @@ def summarise(
         metrics: names of the grades in points (0 to 100), the primary one first.
         bandwidth: memory bandwidth of the device in bytes per second; None leaves the roofline fraction null.
         peak_memory: bytes per arm.
+        greedy: whether every arm keeps the target's greedy tokens; else outputs part by chance or by the rule, and
+            where they part says nothing.
     Returns:
         `examples`, `metrics`, `arms`, `compare`, `paths`, `ceiling`, `prompt_tokens`.
     Raises:
@@ -58,7 +61,7 @@ def summarise(
         "examples": len(examples),
         "metrics": list(metrics),
         "arms": blocks,
-        "compare": compare_block(by_arm, metrics, resamples=resamples, seed=seed),
+        "compare": compare_block(by_arm, metrics, resamples=resamples, seed=seed, greedy=greedy),
         "paths": dict(sorted(paths.items())),
         "ceiling": ceiling(blocks),
         "prompt_tokens": {"median": median(prompts), "max": max(prompts)} if prompts else {"median": None, "max": None},
@@ -82,7 +85,8 @@ def arm_block(
     tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
     seconds = sum(row.seconds for row in rows)
     step_ms = np.array([value for row in rows for value in row.step_ms])
-    step_bytes, mean_step = _per_step(rows, "bytes_per_step"), _ratio(seconds, steps)
+    step_bytes = _per_step(rows, "bytes_per_step")
+    mean_step = _ratio(seconds - sum(row.draft_seconds for row in rows), steps)
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -165,6 +169,7 @@ def compare_block(
     *,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
+    greedy: bool = True,
 ) -> dict[str, Any]:
     """The entry `compare`: speed-ups, quality deltas (sparse less dense) and fidelity, each paired by example.
 
@@ -179,8 +184,8 @@ def compare_block(
     }
     result["fidelity"] = {
         **fidelity_block(sparse, resamples=resamples, seed=seed),
-        "first_divergence": divergence(sparse, dense, "sparse"),
-        "noise_floor": divergence(dense, ar, "dense"),
+        "first_divergence": divergence(sparse, dense, "sparse") if greedy else None,
+        "noise_floor": divergence(dense, ar, "dense") if greedy else None,
     }
     return result
 
@@ -194,12 +199,28 @@ def speedup(
     columns = np.array(
         [[a.tokens, a.seconds, b.tokens, b.seconds] for a, b in zip(rows, base, strict=True)], dtype=np.float64
     )
-    totals = bootstrap.cluster_totals(columns, [row.wave or row.group for row in rows])
+    totals = bootstrap.cluster_totals(columns, timed_together(rows))
     value = float(bootstrap.ratio_of_rates(totals.sum(axis=0)))
     if not np.isfinite(value):
         return {"speedup": None, "ci95": None}
     bounds = bootstrap.interval(totals, bootstrap.ratio_of_rates, resamples=resamples, seed=seed)
     return {"speedup": value, "ci95": list(bounds) if bounds else None}
+
+
+def timed_together(rows: Sequence[Record]) -> list[str]:
+    """A label per record: records of one cluster or of one wave, linked directly or through others, have the same."""
+    label = {row.group: row.group for row in rows}
+
+    def of(group: str) -> str:
+        while label[group] != group:
+            group = label[group]
+        return group
+
+    first: dict[str, str] = {}
+    for row in rows:
+        if row.wave:
+            label[of(row.group)] = of(first.setdefault(row.wave, row.group))
+    return [of(row.group) for row in rows]
 
 
 def quality_delta(

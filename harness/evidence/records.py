@@ -51,7 +51,7 @@ class Record:
     unique_experts: list[float] = field(default_factory=list)
     pairs: dict[str, int] = field(default_factory=dict)
     stale: dict[str, int] = field(default_factory=dict)
-    fidelity: dict[str, float] = field(default_factory=dict)
+    fidelity: dict[str, float | None] = field(default_factory=dict)
     selections: dict[str, Any] = field(default_factory=dict)
     bytes_per_step: float | None = None
     flops_per_step: float | None = None

@@ -65,6 +65,7 @@ def build_summary(
     notes: Sequence[str] = (),
     seed: int = 0,
     resamples: int = RESAMPLES,
+    greedy: bool = True,
 ) -> dict[str, Any]:
     """The whole of summary.json.
 
@@ -85,7 +86,14 @@ def build_summary(
             status, reason = "invalid", doubts[0] + more
     kept = [] if status == "failed" else records
     measured = measures.summarise(
-        kept, arms=arms, metrics=metrics, bandwidth=bandwidth, peak_memory=peak_memory, resamples=resamples, seed=seed
+        kept,
+        arms=arms,
+        metrics=metrics,
+        bandwidth=bandwidth,
+        peak_memory=peak_memory,
+        resamples=resamples,
+        seed=seed,
+        greedy=greedy,
     )
     if status == "invalid":
         measured["compare"] = measures.compare_block({}, metrics)

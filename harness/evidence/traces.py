@@ -21,21 +21,25 @@ def fidelity_block(rows: Sequence[Record], *, resamples: int = bootstrap.RESAMPL
 
     Returns:
         `agreement` (share of tokens whose most probable token is the dense one) with `agreement_ci95`, `kl` (nats per
-        token), `accept_flips` (share of steps whose draft would have been accepted to another length), `tokens`;
+        token), `accept_flips` (share of steps whose draft would have been accepted to another length; null unless
+        acceptance is greedy), `tokens`;
         nulls where nothing was replayed.
     """
     known = [row for row in rows if row.fidelity.get("tokens")]
+    counted = all(row.fidelity["flips"] is not None for row in known)
     if not known:
         return dict.fromkeys(("agreement", "agreement_ci95", "kl", "accept_flips", "tokens"))
     columns = np.array([[row.fidelity["agreeing"], row.fidelity["tokens"]] for row in known], dtype=np.float64)
     totals = bootstrap.cluster_totals(columns, [row.group for row in known])
     bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
-    sums = {name: sum(row.fidelity[name] for row in known) for name in ("tokens", "agreeing", "kl", "steps", "flips")}
+    sums = {
+        name: sum(row.fidelity[name] or 0 for row in known) for name in ("tokens", "agreeing", "kl", "steps", "flips")
+    }
     return {
         "agreement": sums["agreeing"] / sums["tokens"],
         "agreement_ci95": list(bounds) if bounds else None,
         "kl": sums["kl"] / sums["tokens"],
-        "accept_flips": sums["flips"] / sums["steps"],
+        "accept_flips": sums["flips"] / sums["steps"] if counted else None,
         "tokens": sums["tokens"],
     }
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import count
 
 import pytest
 import torch
 
 from harness.engine.acceptance_sampled import Sampled
-from harness.engine.decoding import Decoded, Decoder, Prefix
+from harness.engine.decoding import Decoded, Decoder, Prefix, StopRule
 from harness.engine.drafting.base import Drafter
 from harness.engine.drafting.oracle import OracleDrafter
 from harness.engine.model.step import Segment
+from harness.engine.model.verification import Verification
 from harness.engine.sampling import Sampling, distribution
 from sparse.budget import Sparsity
+from sparse.cost import trace_bytes, trace_flops
 from tests.drafters import CASES, GROWTHS, LAYERS, Case, target
 from tests.engine.tiny import library_model, repetitive_prompt
 
@@ -90,17 +93,47 @@ def test_greedy_output_is_that_of_generate(case: Case, form: str, batch: int) ->
 
 
 def test_batches_share_time_and_traffic() -> None:
-    made = target(4)
-    engine = made.decoder(3)
+    """Sums over the sequences of a batch are those of the loop: each step and each tick of the clock counts once."""
+    made, ticks = target(4), count()
+    step, together = made.step, list[list[int]]()
+    begin = Verification.begin
+
+    def note(run: Verification, rows: list[int], tokens: int) -> None:
+        together.append(rows)
+        begin(run, rows, tokens)
+
+    engine = Decoder(step, made.cache, stop=StopRule(), clock=lambda: float(next(ticks)), prefill_chunk=64, batch=3)
     case = next(case for case in CASES if case.name == "lookup")
-    decoded = engine.decode_all(prefixes(engine, 4), case.make(made, 4, GROWTHS["chain"], None), DENSE, NEW)
+    prompts, drafters = prefixes(engine, 4), case.make(made, 4, GROWTHS["chain"], None)
+    began = next(ticks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Verification, "begin", note)
+        decoded = engine.decode_all(prompts, drafters, DENSE, NEW)
+    elapsed = next(ticks) - began
     trace = decoded[0].trace
     assert all(one.trace is trace for one in decoded) and [one.leads for one in decoded] == [True, False, False, False]
     assert trace.rows == sum(1 + len(taken.draft) for one in decoded for taken in one.transcript)
     longest = max(len(one.step_seconds) for one in decoded)
-    assert longest < trace.steps < sum(len(one.step_seconds) for one in decoded)
+    assert longest < trace.steps == len(together) < sum(len(one.step_seconds) for one in decoded)
+
+    assert sum(one.bytes for one in decoded) == pytest.approx(trace_bytes(step.weights.shape, DENSE.attention, trace))
+    assert sum(one.flops for one in decoded) == pytest.approx(trace_flops(step.weights.shape, trace))
     assert sum(one.share for one in decoded) == pytest.approx(1)
-    assert sum(one.seconds for one in decoded) < sum(sum(one.step_seconds) for one in decoded)
+    for one in decoded:
+        own = len(one.step_seconds) / sum(map(len, together))
+        assert one.share == pytest.approx(own) and one.bytes > 0 and one.flops > 0
+
+    left = [iter(one.step_seconds) for one in decoded]
+    durations = [{next(left[row]) for row in rows} for rows in together]
+    assert all(len(seen) == 1 for seen in durations) and not any(list(rest) for rest in left)
+    steps = sum(max(seen) for seen in durations)
+    ahead = sum(one.ttft_seconds - prefix.seconds for one, prefix in zip(decoded, prompts, strict=True))
+    seconds = sum(one.seconds for one in decoded)
+    assert steps <= seconds + 1e-9 and seconds + ahead <= elapsed
+    between = trace.steps + 3 * len(decoded) + 3  # ticks from step to step, and around what comes before the loop
+    assert elapsed - between <= steps
+    assert sum(one.draft_seconds + one.accept_seconds for one in decoded) + sum(trace.seconds.values()) <= seconds
+    assert all(0 < one.draft_seconds + one.accept_seconds < one.seconds for one in decoded)
 
 
 @cache

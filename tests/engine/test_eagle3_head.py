@@ -172,6 +172,9 @@ def test_the_layers_that_a_config_names_must_be_the_usual_ones(tmp_path: Path) -
                 {"eagle_config": {"eagle_aux_hidden_state_layer_ids": named, "use_aux_hidden_state": True}},
             ):
                 read_shape(write(tmp_path, {**CONFIG, **entry}, {}))
+                read_shape(tmp_path, layers)
+                with pytest.raises(HeadError, match="reads the target's layers"):
+                    read_shape(tmp_path, layers + 4)
     with pytest.raises(HeadError, match=r"layers \[2, 5, 27\]"):
         read_shape(write(tmp_path, {**CONFIG, "eagle_aux_hidden_state_layer_ids": [2, 5, 27]}, {}))
 

@@ -1,7 +1,7 @@
 """Speculative sampling against the target's own distribution, on a toy target that is a Markov chain (DESIGN 5.4)."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -19,6 +19,8 @@ from harness.engine import acceptance_sampled
 from harness.engine.acceptance import Accepted
 from harness.engine.acceptance_sampled import Sampled, accept_sampled
 from harness.engine.drafting.draft import Draft
+from harness.engine.drafting.expansion import Growth, grow
+from harness.engine.drafting.pace import ConfidencePace
 from harness.engine.sampling import Sampling
 
 VOCAB = 8
@@ -28,6 +30,8 @@ WARM = Sampling(temperature=0.8)
 CHAIN = (-1, 0, 1)
 TREE = (-1, 0, -1, 0, 2, -1, 1, 3, 3)  # depth 3; siblings are not side by side
 AcceptRule = Callable[[Draft, Tensor, Random], Accepted]
+Propose = Callable[[int, Random], Draft]
+"""The draft after a token."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def without_putting_back(weights: list[float], count: int, random: Random) -> li
     return found
 
 
-def drafter(case: Case) -> Callable[[int, Random], Draft]:
-    """The draft after a token."""
+def drafter(case: Case) -> Propose:
+    """Drafts of the shape that the case names."""
     proposals = tables(case)[1]
     rows, ranked = proposals.tolist(), proposals.argsort(descending=True).tolist()
     families = Draft((0,) * len(case.parents), case.parents, (1.0,) * len(case.parents)).children()
@@ -95,9 +99,11 @@ def drafter(case: Case) -> Callable[[int, Random], Draft]:
     return propose
 
 
-def decoded(rule: AcceptRule, case: Case, seed: int, draws: int) -> Counter[tuple[int, ...]]:
+def decoded(
+    rule: AcceptRule, case: Case, seed: int, draws: int, propose: Propose | None = None
+) -> Counter[tuple[int, ...]]:
     """How often which tokens came out first after token 0, in ``draws`` speculative decodes."""
-    target, propose = tables(case)[0], drafter(case)
+    target, propose = tables(case)[0], propose or drafter(case)
     drafting, accepting = Random(f"{seed} draft"), Random(f"{seed} accept")
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(draws):
@@ -195,6 +201,106 @@ def test_a_wrong_rule_is_found_out(flaw: str, name: str) -> None:
 @pytest.mark.parametrize("flaw, name", [("bonus of the target", "drawn chain"), ("not renormalised", "chosen tree")])
 def test_a_wrong_rule_is_found_out_by_many_draws(flaw: str, name: str, seed: int) -> None:
     assert chance(partial(by_definition, flaw=flaw), name, seed, draws=50_000) < 1e-9
+
+
+@dataclass(frozen=True)
+class Grown:
+    """How the drafts of a draft model grow.
+
+    Attributes:
+        growth: limits.
+        least: survival below which no place is dealt.
+        flaw: what is done to a draft once it is drawn; None leaves it alone.
+    """
+
+    growth: Growth
+    least: float = 0.0
+    flaw: Callable[[Draft], Draft] | None = None
+
+    def chance(self, seed: int, draws: int) -> float:
+        """Of counts at least as far from the target's distribution, were growing and accepting lossless."""
+        return p_value(decoded(accept_sampled, TOY, seed, draws, self.draft), tables(TOY)[0].tolist())
+
+    def draft(self, root: int, random: Random) -> Draft:
+        """The draft after a token."""
+        proposals = tables(TOY)[1]
+
+        def extend(numbers: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+            return proposals[list(tokens)]
+
+        pace = ConfidencePace(self.least)
+        draft = grow(self.growth, proposals[root], extend, self.growth.depth, random=random, pace=pace)
+        return draft if self.flaw is None else self.flaw(draft)
+
+
+def kept(draft: Draft, nodes: Iterable[int]) -> Draft:
+    """The draft with these nodes only, in this order; what lost its parent goes along."""
+    places = {-1: -1}
+    for node in nodes:
+        if draft.parents[node] in places:
+            places[node] = len(places) - 1
+    order = list(places)[1:]
+    assert draft.proposals is not None
+    return Draft(
+        tuple(draft.tokens[node] for node in order),
+        tuple(places[draft.parents[node]] for node in order),
+        tuple(draft.confidence[node] for node in order),
+        draft.proposals[[node + 1 for node in places]],
+    )
+
+
+def ranked(draft: Draft) -> Draft:
+    """Siblings by probability instead of in the order of their drawing."""
+    return kept(draft, [n for group in draft.children() for n in sorted(group, key=lambda n: -draft.confidence[n])])
+
+
+def without_the_least_probable(draft: Draft) -> Draft:
+    """One sibling less wherever there are several."""
+    left_out = {min(group, key=lambda n: draft.confidence[n]) for group in draft.children() if len(group) > 1}
+    return kept(draft, [node for node in range(len(draft)) if node not in left_out])
+
+
+def the_best(draft: Draft) -> Draft:
+    """All tokens but the two with the lowest survival: what is right for chosen tokens only."""
+    survivals: list[float] = []
+    for parent, confidence in zip(draft.parents, draft.confidence, strict=True):
+        survivals.append(confidence * (survivals[parent] if parent >= 0 else 1.0))
+    best = sorted(range(len(draft)), key=lambda node: -survivals[node])
+    return kept(draft, sorted(best[: len(draft) - 2]))
+
+
+def stopped(draft: Draft) -> Draft:
+    """A token that the draft model itself thought improbable ends its path."""
+    return kept(draft, [node for node in range(len(draft)) if draft.confidence[node] >= 0.1])
+
+
+TOY = CASES["drawn tree"]
+BUSHY = Growth(3, 3, 8)
+GROWN = {"tree": Grown(BUSHY), "chain": Grown(Growth(4, 1)), "adaptive tree": Grown(BUSHY, least=0.1)}
+FLAWED = {
+    "siblings ranked": Grown(BUSHY, flaw=ranked),
+    "least probable sibling dropped": Grown(BUSHY, flaw=without_the_least_probable),
+    "best ones kept": Grown(BUSHY, flaw=the_best),
+    "chain stopped at an improbable token": Grown(Growth(4, 1), flaw=stopped),
+}
+
+
+@pytest.mark.parametrize("name", ["tree", "chain"])
+def test_drawn_growth_keeps_the_distribution(name: str) -> None:
+    """From the draft model to the output: how many tokens are drawn where, and what is accepted."""
+    assert GROWN[name].chance(seed=0, draws=3_000) > 0.01
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_drafts_touched_after_drawing_are_found_out(name: str) -> None:
+    assert FLAWED[name].chance(seed=0, draws=1_500) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", (0, 1, 2))
+@pytest.mark.parametrize("name", GROWN)
+def test_drawn_growth_keeps_the_distribution_over_many_draws(name: str, seed: int) -> None:
+    assert GROWN[name].chance(seed, draws=20_000) > 0.01
 
 
 def chance_of_acceptance(children: list[int], proposal: Tensor | None, target: Tensor) -> float:

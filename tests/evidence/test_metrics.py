@@ -37,7 +37,7 @@ def test_the_arm_block_by_hand():
     assert block["ttft_seconds"] == 2.0
     assert block["step_ms"] == {"p50": 2.5, "p90": pytest.approx(3.7)}
     assert block["bytes_per_step"] == pytest.approx((3 * 30 + 10) / 4)
-    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / (3.0 / 4))
+    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / ((3.0 - 4e-3) / 4)), "of verification alone"
     assert block["components_ms"]["draft"] == pytest.approx(1.0)
     assert block["components_ms"]["accept"] == pytest.approx(0.5)
     assert block["components_ms"]["attention"] is None
@@ -69,6 +69,17 @@ def test_examples_of_one_wave_are_resampled_together():
     assert metrics.speedup(rows["x"], rows["y"], resamples=200) == {"speedup": pytest.approx(2), "ci95": None}
     alone = {arm: [replace(row, wave="") for row in several] for arm, several in rows.items()}
     assert metrics.speedup(alone["x"], alone["y"], resamples=200)["ci95"] is not None
+
+
+def test_waves_and_clusters_link_what_was_timed_together():
+    rows = [
+        record(name, wave=wave, cluster=cluster) for name, wave, cluster in ("ap-", "bpx", "cqx", "dq-", "er-", "f-y")
+    ]
+    rows = [replace(row, wave=row.wave.strip("-"), cluster=row.cluster.strip("-")) for row in rows]
+    labels = metrics.timed_together(rows)
+    # a and b shared wave p, b and c article x, c and d wave q; e was alone in its wave, f in none
+    assert len(set(labels[:4])) == 1 and len(set(labels)) == 3
+    assert metrics.timed_together([replace(row, wave="") for row in rows]) == ["a", "x", "x", "d", "e", "y"]
 
 
 def test_unknown_costs_stay_null():

@@ -95,7 +95,7 @@ def test_every_drafter_runs_and_leaves_dense_output_alone(finished: Run, head: P
     draft = found["arms"]["dense"]["draft"]
     assert 0 < draft["time_share"] < 1 and (draft["tokens_per_step"] > 0 or "adaptive" in overrides)
     assert found["arms"]["ar"]["draft"]["tokens_per_step"] == 0
-    assert {row["wave"] for row in found["rows"]["dense"]} == {found["rows"]["dense"][0]["example_id"]}
+    assert len({row["wave"] for row in found["rows"]["dense"]}) == 1 and found["rows"]["dense"][0]["wave"]
 
 
 def test_batches_change_neither_output_nor_counts(finished: Run) -> None:
@@ -142,7 +142,9 @@ def test_sampled_runs_depend_on_seed_and_example_alone(finished: Run) -> None:
         ("draft=eagle3 model.arch=smollm2_135m", ["made for a target of width 64", "576"]),
         ("draft=selfsparse draft.skip_layers=[7]", ["draft.skip_layers=[7]", "0 to 6"]),
         ("draft=selfsparse draft.skip_layers=[0,1,2,3,4,5,6]", ["draft.skip_layers", "at least one must run"]),
-        ("draft=model draft.path=nowhere/at/all", ["draft.path=nowhere/at/all", "no such folder"]),
+        ("draft=model draft.path=nowhere/at/all", ["draft.path=nowhere/at/all", "model=shape reads bytes"]),
+        ("draft=selfsparse draft.blocks=900", ["draft.blocks=900", "as much as the target", "valid: below"]),
+        ("engine.batch_size=5", ["engine.batch_size=5", "4 examples"]),
     ],
 )
 def test_drafters_that_do_not_fit_are_refused(

@@ -15,6 +15,9 @@ class Drafter(Protocol):
 
     Features are hidden states of the target, for drafters that read them (``Step.taps``): the row of a token is that
     from which it was predicted, so the state after the token before it, [tokens, taps * hidden]. None without taps.
+
+    A drafter that reads features says so by an attribute ``reads_features``, one that reads block summaries of the
+    target's cache by ``reads_blocks``; both are taken as false where they are missing.
     """
 
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:

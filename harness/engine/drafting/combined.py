@@ -43,6 +43,16 @@ class CombinedDrafter:
         self._min_match = min_match
         self._join = join
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether one of them reads hidden states of the target."""
+        return any(getattr(part, "reads_features", False) for part in (self._first, self._second))
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether one of them chooses blocks of the target's cache."""
+        return any(getattr(part, "reads_blocks", False) for part in (self._first, self._second))
+
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Start a new sequence with both."""
         self._first.reset(prompt, features, seed)

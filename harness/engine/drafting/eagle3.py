@@ -100,9 +100,14 @@ class Eagle3Drafter:
         window: observed tokens that the head attends to, the last ones; None for all. Heads are trained on windows far
             shorter than the longest prompts.
 
+    Attributes:
+        reads_features: it reads hidden states of the target.
+
     Raises:
         ValueError: the embedding does not fit the head.
     """
+
+    reads_features = True
 
     def __init__(
         self,

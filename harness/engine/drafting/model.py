@@ -77,7 +77,7 @@ class Passes:
         return [] if self._branches else self._tokens[1:]
 
     def _pass(self, segment: Segment, last: int) -> Tensor:
-        logits = self._step.run([segment], self._cache, self._run).logits[-last:]
+        logits = self._step.run([segment], self._cache, self._run, last).logits
         return distribution(logits, self._sampling)
 
 

@@ -71,6 +71,11 @@ class SelfSparseDrafter:
         self._passes = Passes(step, cache, row, growth.topk > 1, sample)
         self._last = 0
 
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether it chooses blocks of the target's cache by their summaries."""
+        return bool(self._sparsity.attention.summaries)
+
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Start over; the target's cache holds ``prompt`` already."""
         self._random = Random(f"{seed} draft") if self._draws else None

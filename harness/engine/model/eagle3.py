@@ -208,8 +208,12 @@ def _rope_entry(rope: Llama3Rope | None) -> dict[str, Any] | None:
     }
 
 
-def read_shape(folder: Path) -> Eagle3Shape:
+def read_shape(folder: Path, target_layers: int | None = None) -> Eagle3Shape:
     """Sizes of a published head, from its config.json alone.
+
+    Args:
+        folder: of the head.
+        target_layers: of the target that it must be for; None takes any.
 
     Raises:
         HeadError: there is none, or it describes something else or a variant that is not supported.
@@ -217,7 +221,7 @@ def read_shape(folder: Path) -> Eagle3Shape:
     try:
         config = json.loads((folder / "config.json").read_text())
         config = {**(config.get("transformer_layer_config") or {}), **config}
-        _check_variant(folder, config)
+        _check_variant(folder, config, target_layers)
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         shape = Eagle3Shape(
             hidden=hidden,
@@ -245,7 +249,7 @@ def read_shape(folder: Path) -> Eagle3Shape:
     return shape
 
 
-def _check_variant(folder: Path, config: dict[str, Any]) -> None:
+def _check_variant(folder: Path, config: dict[str, Any], target_layers: int | None) -> None:
     """Refuse heads whose layer differs from the published one, or that read other layers of the target."""
     if int(config.get("num_hidden_layers", 1)) != 1:
         raise HeadError(f"{folder}: a head of {config['num_hidden_layers']} layers is not supported (valid: 1)")
@@ -257,7 +261,7 @@ def _check_variant(folder: Path, config: dict[str, Any]) -> None:
     layers = found.get("eagle_aux_hidden_state_layer_ids")
     if layers:
         # Layers are counted by their inputs, or by the outputs of the layers before them.
-        depths = (layers[-1] + 3, layers[-1] + 4)
+        depths = (layers[-1] + 3, layers[-1] + 4) if target_layers is None else (target_layers, target_layers)
         usual = [[2, depths[0] // 2, depths[0] - 3], [1, depths[1] // 2 - 1, depths[1] - 4]]
         if list(layers) not in usual:
             raise HeadError(f"{folder}: reads the target's layers {layers} (valid: low, middle and high, as published)")

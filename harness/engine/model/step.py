@@ -84,7 +84,9 @@ class Step:
         )
 
     @torch.inference_mode()
-    def run(self, segments: Sequence[Segment], cache: KVCache, run: Verification | None = None) -> Output:
+    def run(
+        self, segments: Sequence[Segment], cache: KVCache, run: Verification | None = None, last: int | None = None
+    ) -> Output:
         """One verification step over several sequences; keys and values enter the cache and become valid.
 
         All sequences run through the linear maps together, whatever their lengths; what is chosen for a sequence
@@ -94,9 +96,10 @@ class Step:
             segments: the tokens of each sequence, one segment per row of the cache.
             cache: holds everything before them.
             run: budgets, counters and memory of this decode; dense by default.
+            last: tokens whose logits are wanted, counted from the end; None for all.
 
         Returns:
-            Logits and features of all tokens, segment after segment.
+            Logits and features of the tokens, segment after segment.
 
         Raises:
             ValueError: the cache is full, or a position lies beyond the model's positions.
@@ -117,7 +120,7 @@ class Step:
         whole = [(rows[0], slice(None), None)] if run.sparsity.shares_nothing else parts
         tapped = []
         for number, layer in enumerate(self.weights.layers):
-            if number in self.taps:
+            if number in self.taps and run.tapped:
                 tapped.append(hidden)
             if number in run.left_out:
                 continue
@@ -134,7 +137,7 @@ class Step:
             hidden = hidden + _joined(outputs)
         for row, count in zip(rows, counts, strict=True):
             cache.advance(row, count)
-        logits = self._logits(hidden)
+        logits = self._logits(hidden if last is None else hidden[-last:])
         run.trace.lap("head")
         return Output(logits, torch.cat(tapped, dim=-1) if tapped else None)
 
@@ -208,7 +211,7 @@ class Step:
         device = weights.device
         for segment in segments:
             start, count = cache.lengths[segment.row], len(segment.tokens)
-            last = start + (count if segment.tree is None else 1 + int(segment.tree.depths.max()))
+            last = start + (count if segment.tree is None else 1 + segment.tree.depth)
             if last > weights.positions:
                 raise ValueError(f"position {last} lies beyond the model's {weights.positions} positions")
             if segment.tree is None:

@@ -19,6 +19,7 @@ class Verification:
         trace: counters of what was done.
         memories: remembered selections, per row of the cache.
         probe: looks into untimed passes, None in timed ones.
+        tapped: whether the features of the step's taps are wanted.
         left_out: layers that do not run at all; a drafter's own choice, never that of a verification.
     """
 
@@ -26,6 +27,7 @@ class Verification:
     trace: Trace = field(default_factory=Trace)
     memories: dict[int, SelectionMemory] = field(default_factory=dict)
     probe: Probe | None = None
+    tapped: bool = True
     left_out: frozenset[int] = frozenset()
 
     def memory(self, row: int) -> SelectionMemory:

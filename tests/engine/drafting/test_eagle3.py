@@ -248,6 +248,8 @@ def test_the_pace_ends_drafts(head: Eagle3Head, embedding: Tensor) -> None:
 class Hinted(NoDrafter):
     """Hands everything on to an EAGLE-3 drafter, but proposes partly right trees instead of its drafts."""
 
+    reads_features = True
+
     def __init__(self, inner: Eagle3Drafter, continuation: Sequence[int]) -> None:
         self.inner, self.known, self.seen, self.random = inner, list(continuation), 0, Random(0)
 

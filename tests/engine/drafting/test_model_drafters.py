@@ -38,9 +38,11 @@ class Counting(Step):
         self.runs: list[int] = []
         self.prefills: list[int] = []
 
-    def run(self, segments: Sequence[Segment], cache: KVCache, run: Verification | None = None) -> Output:
+    def run(
+        self, segments: Sequence[Segment], cache: KVCache, run: Verification | None = None, last: int | None = None
+    ) -> Output:
         self.runs.append(sum(len(segment.tokens) for segment in segments))
-        return super().run(segments, cache, run)
+        return super().run(segments, cache, run, last)
 
     def prefill(self, tokens: Tensor, cache: KVCache, chunk: int, row: int = 0) -> Output:
         self.prefills.append(len(tokens))
