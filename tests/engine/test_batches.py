@@ -47,6 +47,7 @@ CASES = [
 
 @cache
 def weights(family: str) -> ModelWeights:
+    """Of the tiny model of a family."""
     return adapt(library_model(family), packed=False, channels=True)
 
 
@@ -83,6 +84,7 @@ def alone(name: str, family: str, form: str) -> list[Decoded]:
 
 
 def total(counters: Iterable[Counter[int]]) -> Counter[int]:
+    """Their sum, without zeros."""
     return sum(counters, Counter[int]())
 
 
