@@ -65,9 +65,11 @@ def show(summary: Mapping[str, Any]) -> None:
             console.print(f"{name.replace('_', ' ')}: {compared['speedup']:.2f}x{interval}", highlight=False)
     fidelity = (summary["compare"] or {}).get("fidelity") or {}
     if fidelity.get("agreement") is not None:
+        flips = fidelity["accept_flips"]
+        other = "" if flips is None else f", {flips:.1%} of the steps accept another length"
         console.print(
-            f"fidelity on the dense trajectory: agreement {fidelity['agreement']:.3f}, KL {fidelity['kl']:.4f} nats, "
-            f"{fidelity['accept_flips']:.1%} of the steps accept another length ({fidelity['tokens']:.0f} tokens)",
+            f"fidelity on the dense trajectory: agreement {fidelity['agreement']:.3f}, KL {fidelity['kl']:.4f} nats"
+            f"{other} ({fidelity['tokens']:.0f} tokens)",
             highlight=False,
         )
     for line in filter(None, [summary["reason"], *summary["notes"]]):

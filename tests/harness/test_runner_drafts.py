@@ -126,6 +126,8 @@ def test_an_oracle_chooses_the_acceptance_of_every_arm(finished: Run) -> None:
 def test_sampled_runs_depend_on_seed_and_example_alone(finished: Run) -> None:
     """Interrupted or not, in batches or not, from the first example or the third: the same draws."""
     first = finished("decode=sample", "arms=[ar,dense]")
+    sparse = finished("decode=sample", "analysis=true")["compare"]["fidelity"]
+    assert 0 < sparse["agreement"] <= 1 and sparse["accept_flips"] is sparse["noise_floor"] is None
     later = finished("decode=sample", "arms=[ar,dense]", "task.offset=2", "task.limit=2", "engine.batch_size=2")
     other = finished("decode=sample", "arms=[ar,dense]", "seed=1")
     for arm in ("ar", "dense"):
