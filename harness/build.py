@@ -182,7 +182,9 @@ def load(plan: Plan) -> Engine:
     decoder = Decoder(
         step,
         cache,
-        stop=StopRule(_end_ids(plan), tuple(plan.task.stop), plan.tokenizer),
+        stop=StopRule(
+            models.end_ids(config.model, plan.model_config, plan.tokenizer), tuple(plan.task.stop), plan.tokenizer
+        ),
         clock=clock,
         prefill_chunk=config.engine.prefill_chunk,
         rule=drafters.rule(config),
@@ -229,14 +231,6 @@ def _sparsity(config: Config, shape: ModelShape) -> Sparsity:
         calibration = Calibration.load(config.calibration)
         calibration.check(models.identity(config.model, config.seed))
     return budgets.sparsity(config, shape, calibration)
-
-
-def _end_ids(plan: Plan) -> frozenset[int]:
-    """Tokens that end a text, from the model's configuration and its tokenizer."""
-    found: set[int] = set()
-    for value in (getattr(plan.model_config, "eos_token_id", None), plan.tokenizer.eos_token_id):
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset() if isinstance(plan.config.model, schema.ShapeModelConfig) else frozenset(found)
 
 
 def _prompt_limit(config: Config, positions: int) -> int:

@@ -49,6 +49,16 @@ def tokenizer(model: schema.ModelConfig) -> Any:
     return ByteTokenizer() if isinstance(model, schema.ShapeModelConfig) else loading.load_tokenizer(*checkpoint(model))
 
 
+def end_ids(model: schema.ModelConfig, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, from the library's configuration and the tokenizer; random weights have none."""
+    if isinstance(model, schema.ShapeModelConfig):
+        return frozenset()
+    found: set[int] = set()
+    for value in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset(found)
+
+
 def library_model(model: schema.ModelConfig, config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
     """The library's model, ready for ``adapt``.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from harness import console, models, roofline, schema
+from harness import console, models, roofline
 from harness.engine.model import loading
 from harness.engine.model.eagle3 import Eagle3Head, feature_layers
 from harness.engine.model.eagle3_teacher import Passage, Teacher
@@ -162,7 +162,7 @@ def gather(
     Raises:
         ValueError: files cannot be read, or give too little; one line.
     """
-    tokenizer, ends = source.tokenizer, _end_ids(source)
+    tokenizer, ends = source.tokenizer, models.end_ids(source.model, source.config, source.tokenizer)
     longest = options.window - options.new_tokens
     asked = draft_data.questions(prompt_files, tokenizer, longest, options.limit) if prompt_files else []
     passages = draft_data.text_passages(text_files, tokenizer, options.window)
@@ -302,16 +302,6 @@ def write(head: Eagle3Head, folder: Path, entries: dict[str, Any]) -> None:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _end_ids(source: texts.Source) -> frozenset[int]:
-    """Tokens that end a text, from the target's configuration and its tokenizer; random weights have none."""
-    if isinstance(source.model, schema.ShapeModelConfig):
-        return frozenset()
-    found: set[int] = set()
-    for value in (getattr(source.config, "eos_token_id", None), source.tokenizer.eos_token_id):
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(found)
 
 
 if __name__ == "__main__":
