@@ -6,12 +6,13 @@ Counters are plain numbers, kept without touching the device, so that tracing ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 AXES = ("attention", "ffn", "experts")
-DENSE_PATH = "dense_attention.torch"
-SPARSE_PATH = "block_attention.torch"
+DENSE_PATH = "dense_attention"
+SPARSE_PATH = "block_attention"
+TORCH, NATIVE = "torch", "native"
 SELECT_PATH = "select.blocks"
 LOW_HEADS_PATH = "select.low_heads"
 DROPPED_PATH = "ffn.channels_dropped"
@@ -76,6 +77,13 @@ class Trace:
             now = self.clock()
             self.seconds[component] += now - self._mark  # type: ignore[assignment]
             self._mark = now
+
+    def charge(self, seconds: Mapping[str, float]) -> None:
+        """Charge times that a kernel took of itself, by component; the next lap starts now."""
+        if self.clock is not None:
+            for component, spent in seconds.items():
+                self.seconds[component] += spent  # type: ignore[assignment]
+            self._mark = self.clock()
 
     def attention(self, path: str, layer: int, length: int, attended: float, rows: int) -> None:
         """``layer`` attended to ``attended`` of ``length`` positions per KV head with ``rows`` tokens."""

@@ -61,10 +61,38 @@ class KVCache:
             for name in summaries
         }
         self._layers = [[(self._keys[i, row], self._values[i, row]) for row in range(batch)] for i in range(layers)]
+        self._addresses: list[list[tuple[int, int, dict[str, int]]]] = []
         self._layer_summaries = [
             [{name: stored[i, row] for name, stored in self._summaries.items()} for row in range(batch)]
             for i in range(layers)
         ]
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys, [layers, batch, pages, kv_heads, head_dim, page]."""
+        return self._keys
+
+    @property
+    def values(self) -> Tensor:
+        """All values, [layers, batch, pages, kv_heads, page, head_dim]."""
+        return self._values
+
+    @property
+    def stored_summaries(self) -> dict[str, Tensor]:
+        """All summaries by name, each [layers, batch, kv_heads, head_dim, blocks]."""
+        return self._summaries
+
+    def addresses(self, layer: int, row: int = 0) -> tuple[int, int, dict[str, int]]:
+        """Where keys, values and summaries of one row lie in memory, for kernels."""
+        if not self._addresses:
+            self._addresses = [
+                [
+                    (keys.data_ptr(), values.data_ptr(), {name: one.data_ptr() for name, one in summaries.items()})
+                    for (keys, values), summaries in zip(*both, strict=True)
+                ]
+                for both in zip(self._layers, self._layer_summaries, strict=True)
+            ]
+        return self._addresses[layer][row]
 
     def layer(self, layer: int, row: int = 0) -> tuple[Tensor, Tensor]:
         """Keys [pages, kv_heads, head_dim, page] and values [pages, kv_heads, page, head_dim] of one row."""

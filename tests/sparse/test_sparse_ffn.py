@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse.budget import FfnBudget
+from sparse.ops.native import build
 from sparse.ops.sparse_ffn import eager, naive, native
 from sparse.ops.weights import FfnWeights
 
@@ -310,7 +311,7 @@ def test_the_kernel_refuses_what_would_read_beyond_its_tensors() -> None:
 
 def test_the_switch_turns_the_kernel_off(reloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(3, 48, 37)
-    monkeypatch.setenv(native.SWITCH, "0")
+    monkeypatch.setenv(build.SWITCH, "0")
     assert not native.available(torch.float32)
     assert eager.path(net.weights) == eager.TORCH_PATH
     channels = torch.arange(20)
@@ -346,20 +347,20 @@ def test_a_killed_build_and_a_broken_library_block_nobody(
     need_kernels()
     native.load.cache_clear()
     monkeypatch.setenv("SPARSE_VERIFICATION_CACHE", str(tmp_path))
-    library = native._library_path()
-    assert library.parent == native.cache_folder() == tmp_path / "native"
+    library = build.library_path("sparse_ffn", Path(native.__file__).parent, native._SOURCES)
+    assert library.parent == build.cache_folder() == tmp_path / "native"
     (library.parent / "build-killed").mkdir(parents=True)
     library.write_bytes(b"")
     assert native.available(torch.bfloat16)
     assert {path.name for path in library.parent.iterdir()} == {"build-killed", library.name}
     native.load.cache_clear()
-    monkeypatch.setattr(native, "_build", lambda library: pytest.fail("built twice"))
+    monkeypatch.setattr(build, "_build", lambda library, source: pytest.fail("built twice"))
     assert native.available(torch.bfloat16)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSE_VERIFICATION_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert native.cache_folder() == Path("/somewhere/sparse-verification/native")
+    assert build.cache_folder() == Path("/somewhere/sparse-verification/native")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert native.cache_folder() == Path.home() / ".cache/sparse-verification/native"
+    assert build.cache_folder() == Path.home() / ".cache/sparse-verification/native"

@@ -22,6 +22,7 @@ from sparse.trace import (
     ORACLE_PATH,
     SELECT_PATH,
     SPARSE_PATH,
+    TORCH,
 )
 from sparse.tree import Tree
 
@@ -62,14 +63,12 @@ def attend(
     summaries = cache.summaries(layer, row) if start else {}
     view = AttentionView(grouped, stored_keys, stored_values, start, length, groups, summaries, tree)
     trace.lap("attention")
-    selection, tail_start = _choose(run, layer, row, view)
+    selection, tail_start = known(run, layer, row, start) or chosen(run, layer, row, view)
     trace.lap("select")
     if run.probe is not None:
         selection = run.probe.selection(layer, replace(view, tail_start=tail_start), selection)
-    block_size = run.sparsity.attention.block_size
     if selection is None:
         mixed = eager.dense_attention(grouped, stored_keys, stored_values, length, groups, tree)
-        trace.attention(DENSE_PATH, layer, length, length, count)
     else:
         mixed = eager.block_attention(
             grouped,
@@ -78,14 +77,12 @@ def attend(
             selection.blocks,
             tail_start=tail_start,
             length=length,
-            block_size=block_size,
+            block_size=run.sparsity.attention.block_size,
             groups=groups,
             valid=selection.valid,
             tree=tree,
         )
-        attended = selection.kept * block_size / kv_heads + length - tail_start
-        trace.attention(SPARSE_PATH, layer, length, attended, count)
-        trace.paths[DRAFT_REUSE] += count - 1
+    count_attention(run, layer, TORCH, selection, tail_start, length, count)
     mixed = mixed.view(kv_heads, count, groups, head_dim).transpose(0, 1).reshape(count, heads, head_dim)
     trace.lap("attention")
     return mixed
@@ -102,13 +99,22 @@ def scores(budget: AttentionBudget, view: AttentionView) -> Tensor:
     return block_scores(view.queries, view.summaries, budget, view.groups, view.tree)[:, :whole]
 
 
-def _choose(run: Verification, layer: int, row: int, view: AttentionView) -> tuple[Selection | None, int]:
-    """The blocks to attend to, None for all, and the position from which on everything is visible."""
+Choice = tuple[Selection | None, int]
+"""The blocks to attend to, None for all, and the position from which on everything is visible."""
+
+
+def known(run: Verification, layer: int, row: int, start: int) -> Choice | None:
+    """The choice of a layer that does not retrieve: dense, an anchor's, or its own old one; None where it retrieves.
+
+    Args:
+        run: budgets, counters and memory.
+        layer: its number.
+        row: of the cache.
+        start: positions before the step.
+    """
     budget, reuse, trace = run.sparsity.attention, run.sparsity.reuse, run.trace
-    whole = view.start // budget.block_size
-    tail_start = whole * budget.block_size
-    if not budget.skips(layer, view.start):
-        return None, tail_start
+    if not budget.skips(layer, start):
+        return None, start // budget.block_size * budget.block_size
     memory = run.memory(row)
     if reuse.skips("retrieval", layer) and (old := memory.old_blocks(layer, reuse.refresh)) is not None:
         trace.skipped("retrieval", old[2])
@@ -119,11 +125,36 @@ def _choose(run: Verification, layer: int, row: int, view: AttentionView) -> tup
             selection, tail_start = memory.anchor
             return (selection.of_heads(reuse.head_map[layer]) if reuse.head_map else selection), tail_start
         trace.paths[ANCHOR_MISS] += 1
-    low = budget.low(layer)
+    return None
+
+
+def chosen(run: Verification, layer: int, row: int, view: AttentionView) -> Choice:
+    """The blocks that a retrieving layer chooses from a view."""
+    budget, low = run.sparsity.attention, run.sparsity.attention.low(layer)
     if low:
-        trace.paths[LOW_HEADS_PATH] += 1
-    trace.paths[ORACLE_PATH if budget.score == "oracle" else SELECT_PATH] += 1
-    trace.scored += whole
+        run.trace.paths[LOW_HEADS_PATH] += 1
     selection = select_blocks(scores(budget, view), budget, budget.blocks(view.start), low)
-    memory.keep_blocks(layer, selection, tail_start)
-    return selection, tail_start
+    return retrieved(run, layer, row, view.start, selection)
+
+
+def retrieved(run: Verification, layer: int, row: int, start: int, selection: Selection) -> Choice:
+    """Count and remember what a retrieving layer chose."""
+    budget = run.sparsity.attention
+    whole = start // budget.block_size
+    run.trace.paths[ORACLE_PATH if budget.score == "oracle" else SELECT_PATH] += 1
+    run.trace.scored += whole
+    run.memory(row).keep_blocks(layer, selection, whole * budget.block_size)
+    return selection, whole * budget.block_size
+
+
+def count_attention(
+    run: Verification, layer: int, how: str, selection: Selection | None, tail_start: int, length: int, rows: int
+) -> None:
+    """Count what a layer attended to: ``rows`` tokens, over ``length`` positions with their own."""
+    trace = run.trace
+    if selection is None:
+        trace.attention(f"{DENSE_PATH}.{how}", layer, length, length, rows)
+        return
+    attended = selection.kept * run.sparsity.attention.block_size / selection.blocks.shape[0] + length - tail_start
+    trace.attention(f"{SPARSE_PATH}.{how}", layer, length, attended, rows)
+    trace.paths[DRAFT_REUSE] += rows - 1

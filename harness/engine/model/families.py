@@ -118,7 +118,7 @@ class Layout:
             channels = sparse_ffn.channel_rows(gate_up[width:], down)
         return FfnWeights(
             width=width,
-            gate_up=make_linear(gate_up, gate_up_bias, packed=self.packed),
+            gate_up=make_linear(gate_up, gate_up_bias, packed=self.packed, paired=True),
             down=make_linear(down, down_bias, packed=self.packed),
             gate=gate,
             channels=channels,

@@ -1,4 +1,4 @@
-"""Linear maps of the step: plain, or with weights packed once for the CPU's matrix library."""
+"""Linear maps of the step: plain, or with weights packed once for our kernels or the CPU's matrix library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse.ops.decoder_layer import native
 from sparse.ops.weights import LinearMap
 
 _PACK_ROWS = 8
@@ -53,16 +54,23 @@ def plain(weight: Tensor, bias: Tensor | None) -> LinearMap:
     return plain_linear
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = False) -> LinearMap:
+def make_linear(
+    weight: Tensor, bias: Tensor | None = None, *, packed: bool = False, paired: bool = False
+) -> LinearMap:
     """A linear map that no longer refers to the module it came from.
 
     Args:
         weight: [outputs, inputs].
         bias: [outputs] or None.
-        packed: pack the weight where the device and torch support it; elsewhere the plain product runs.
+        packed: pack the weight for our kernels, or where these do not run for torch's matrix library, where it
+            supports that; elsewhere the plain product runs.
+        paired: the outputs are gate and up, which our kernels then compute side by side.
     """
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
-    if packed and weight.device.type == "cpu" and packing_supported(weight.dtype):
-        return pack(weight, bias)
+    if packed and weight.device.type == "cpu":
+        if native.available(weight.dtype):
+            return native.PackedLinear(weight, bias, paired=paired)
+        if packing_supported(weight.dtype):
+            return pack(weight, bias)
     return plain(weight.contiguous(), bias)

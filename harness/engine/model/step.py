@@ -35,6 +35,22 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the tokens of a step stand, for all layers.
+
+    Attributes:
+        parts: row of the cache, tokens and tree of each sequence.
+        places: positions [tokens], int64.
+        cos, sin: rotary tables of the tokens, [tokens, 1, head_dim].
+    """
+
+    parts: list[tuple[int, slice, Tree | None]]
+    places: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What a pass through the model gives.
 
@@ -108,38 +124,50 @@ class Step:
         rows = [segment.row for segment in segments]
         counts = [len(segment.tokens) for segment in segments]
         run.begin(rows, sum(counts))
-        hidden, cos, sin = self._embed(segments, cache)
+        hidden, batch = self._embed(segments, cache)
         if not run.sparsity.attention.is_dense:
             for row in rows:
                 cache.refresh_summaries(row)
-        ends = list(accumulate(counts))
-        parts = [
-            (segment.row, slice(end - count, end), segment.tree)
-            for segment, count, end in zip(segments, counts, ends, strict=True)
-        ]
-        whole = [(rows[0], slice(None), None)] if run.sparsity.shares_nothing else parts
         tapped = []
-        for number, layer in enumerate(self.weights.layers):
+        for number in range(len(self.weights.layers)):
             if number in self.taps and run.tapped:
-                tapped.append(hidden)
+                tapped.append(hidden.clone())
             if number in run.left_out:
                 continue
-            queries, keys, values = self._project(layer, hidden, cos, sin)
-            run.trace.lap("linear")
-            attended = [attend(run, number, row, cache, queries[p], keys[p], values[p], tree) for row, p, tree in parts]
-            mixed = _joined(attended)
-            if run.probe is not None:
-                mixed = run.probe.mixed(number, mixed)
-            hidden = hidden + layer.output(mixed.reshape(hidden.shape[0], -1))
-            normed = self._normed(hidden, layer.ffn_norm)
-            run.trace.lap("linear")
-            outputs = [feed_forward(run, number, layer, normed[p], run.memory(row), tree) for row, p, tree in whole]
-            hidden = hidden + _joined(outputs)
+            hidden = self._attention_half(run, number, hidden, batch, cache)
+            hidden = self._feed_forward_half(run, number, hidden, batch)
         for row, count in zip(rows, counts, strict=True):
             cache.advance(row, count)
         logits = self._logits(hidden if last is None else hidden[-last:])
         run.trace.lap("head")
         return Output(logits, torch.cat(tapped, dim=-1) if tapped else None)
+
+    def _attention_half(
+        self, run: Verification, number: int, hidden: Tensor, batch: Batch, cache: KVCache
+    ) -> Tensor:
+        """Hidden states [tokens, hidden] after the attention of a layer; the old ones may be overwritten."""
+        layer = self.weights.layers[number]
+        queries, keys, values = self._project(layer, hidden, batch.cos, batch.sin)
+        run.trace.lap("linear")
+        attended = [
+            attend(run, number, row, cache, queries[part], keys[part], values[part], tree)
+            for row, part, tree in batch.parts
+        ]
+        mixed = _joined(attended)
+        if run.probe is not None:
+            mixed = run.probe.mixed(number, mixed)
+        hidden = hidden + layer.output(mixed.reshape(hidden.shape[0], -1))
+        run.trace.lap("linear")
+        return hidden
+
+    def _feed_forward_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states [tokens, hidden] after the FFN or experts of a layer; the old ones may be overwritten."""
+        layer = self.weights.layers[number]
+        normed = self._normed(hidden, layer.ffn_norm)
+        run.trace.lap("linear")
+        parts = [(batch.parts[0][0], slice(None), None)] if run.sparsity.shares_nothing else batch.parts
+        outputs = [feed_forward(run, number, layer, normed[part], run.memory(row), tree) for row, part, tree in parts]
+        return hidden + _joined(outputs)
 
     def verify(
         self, tokens: Tensor, cache: KVCache, run: Verification | None = None, rows: list[int] | None = None
@@ -179,13 +207,13 @@ class Step:
         hidden, run, tapped = None, Verification(), []
         for part in torch.split(tokens, chunk):
             start = cache.lengths[row]
-            hidden, cos, sin = self._embed([Segment(row, part.tolist())], cache)
+            hidden, batch = self._embed([Segment(row, part.tolist())], cache)
             mask = _prefill_mask(part.shape[0], start, hidden.dtype, hidden.device)
             taps = []
             for number, layer in enumerate(self.weights.layers):
                 if number in self.taps:
-                    taps.append(hidden)
-                queries, keys, values = self._project(layer, hidden, cos, sin)
+                    taps.append(hidden.clone())
+                queries, keys, values = self._project(layer, hidden, batch.cos, batch.sin)
                 cache.write(number, row, start, keys, values)
                 all_keys, all_values = cache.prefix(number, row, start + part.shape[0])
                 mixed = functional.scaled_dot_product_attention(
@@ -197,16 +225,15 @@ class Step:
                     enable_gqa=True,
                 )
                 hidden = hidden + layer.output(mixed[0].transpose(0, 1).reshape(part.shape[0], -1))
-                normed = self._normed(hidden, layer.ffn_norm)
-                hidden = hidden + feed_forward(run, number, layer, normed, run.memory(row))
+                hidden = self._feed_forward_half(run, number, hidden, batch)
             cache.advance(row, part.shape[0])
             if taps:
                 tapped.append(torch.cat(taps, dim=-1))
         assert hidden is not None
         return Output(self._logits(hidden[-1:])[0], torch.cat(tapped) if tapped else None)
 
-    def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [tokens, hidden] and rotary tables [tokens, 1, head_dim]."""
+    def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Batch]:
+        """Hidden states [tokens, hidden], and where the tokens stand."""
         weights, positions = self.weights, []
         device = weights.device
         for segment in segments:
@@ -220,7 +247,13 @@ class Step:
                 positions.append(segment.tree.depths + start)
         tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=device)
         places = _joined(positions)
-        return functional.embedding(tokens, weights.embedding), weights.cos[places], weights.sin[places]
+        ends = list(accumulate(len(segment.tokens) for segment in segments))
+        parts = [
+            (segment.row, slice(end - len(segment.tokens), end), segment.tree)
+            for segment, end in zip(segments, ends, strict=True)
+        ]
+        batch = Batch(parts, places, weights.cos[places], weights.sin[places])
+        return functional.embedding(tokens, weights.embedding), batch
 
     def _project(self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated, scaled queries [tokens, heads, head_dim]; rotated keys and values [tokens, kv_heads, head_dim]."""

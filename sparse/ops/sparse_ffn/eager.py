@@ -16,7 +16,8 @@ from sparse.ops.sparse_ffn import native
 from sparse.ops.weights import FfnWeights
 from sparse.tree import Tree, survival_weights
 
-DENSE_PATH = "dense_ffn.torch"
+DENSE = "dense_ffn"
+DENSE_PATH = f"{DENSE}.torch"
 NATIVE_PATH = "sparse_ffn.native"
 FUSED_PATH = "sparse_ffn.fused"
 TORCH_PATH = "sparse_ffn.torch"

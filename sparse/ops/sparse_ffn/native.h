@@ -1,14 +1,16 @@
-// What the kernels share: the problem, aligned memory and the portable kernel.
+// What the FFN kernels share: the problem and the portable kernel.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
+
+#include "numbers.h"
 
 namespace sparse_ffn {
+
+using namespace native;
 
 constexpr int64_t kLanes = 32;  // columns per step; rows of partial sums are padded to a multiple of it
 
@@ -21,36 +23,6 @@ struct Problem {
   const float* scales = nullptr;  // gated: [experts, count] and ones [count] for the channels after the last expert's
   int64_t experts = 0, expert_width = 1;
 };
-
-template <typename T>
-std::unique_ptr<T[], decltype(&std::free)> aligned(int64_t size) {
-  const size_t bytes = (static_cast<size_t>(size) * sizeof(T) / 64 + 1) * 64;
-  auto* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
-  if (!memory) throw std::bad_alloc();
-  return {memory, &std::free};
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void narrow(float value, float* target) { *target = value; }
-
-inline void narrow(float value, BFloat16* target) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  target->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // Any scalar type, vectorised by the compiler.
 template <typename Scalar>

@@ -1,32 +1,22 @@
 """The sparse feed-forward product as a CPU kernel, built by the system's compiler at first use (METHOD section 3).
 
-The library lies in a folder of the user, named by a hash of its sources, the compiler's flags, torch and the CPU.
-Every build works in a folder of its own and moves the finished library into place, so processes may build at the same
-time and a killed build blocks nobody. Without a compiler, or where the result is wrong, the kernel is unavailable.
+Without a compiler, or where the result is wrong, the kernel is unavailable.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shlex
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SWITCH = "SPARSE_VERIFICATION_NATIVE"
-"""Environment variable: 0 switches the kernel off."""
+from sparse.ops.native import build
 
 _SOURCES = ("native.cpp", "native.h", "native_bf16.h", "native_experts.h", "native_layer.h")
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-w")
-_BUILD_SECONDS = 180
 _PORTABLE_FP32, _PORTABLE_BF16 = 0, 1
 TILES = 3
 """Number of the bf16 kernel with tile registers; whole layers and experts need it."""
@@ -34,59 +24,9 @@ TILES = 3
 _log = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """Where built libraries lie: ``native`` in $SPARSE_VERIFICATION_CACHE, else in the user's cache folder."""
-    own = os.environ.get("SPARSE_VERIFICATION_CACHE")
-    if own:
-        return Path(own) / "native"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sparse-verification" / "native"
-
-
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or "c++")
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    named = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(named)})])
-
-
-def _library_path() -> Path:
-    """Where the library of these sources, this torch and this CPU belongs."""
-    here = Path(__file__).parent
-    parts = [*((here / name).read_text() for name in _SOURCES), *_FLAGS, *_compiler(), torch.__version__, _cpu()]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return cache_folder() / f"sparse_ffn-{digest}.so"
-
-
-def _build(library: Path) -> None:
-    """Compiles the library; linked against torch alone, so that both share one pool of threads."""
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
-        unit, linked = f"{folder}/native.o", f"{folder}/native.so"
-        source = str(Path(__file__).with_name(_SOURCES[0]))
-        for command in (
-            [*_compiler(), *_FLAGS, f"-I{root / 'include'}", "-c", source, "-o", unit],
-            [*_compiler(), "-shared", unit, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", linked],
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
-        os.replace(linked, library)
-
-
-def _open(library: Path) -> ctypes.CDLL:
-    """The library, built first where it is missing or broken."""
-    try:
-        kernels = ctypes.CDLL(str(library))
-    except OSError:
-        _build(library)
-        kernels = ctypes.CDLL(str(library))
+def _open() -> ctypes.CDLL:
+    """The library with the types of its functions."""
+    kernels = build.open_library("sparse_ffn", Path(__file__).parent, _SOURCES)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     kernels.sparse_ffn_run.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 4, pointer]
     kernels.sparse_ffn_select.argtypes = [ctypes.c_int, *[pointer] * 2, *[size] * 3, ctypes.c_float, pointer]
@@ -160,10 +100,10 @@ def load() -> tuple[ctypes.CDLL, dict[torch.dtype, tuple[int, ...]]] | None:
 
     Called once per process; ``load.cache_clear()`` makes the next call look again.
     """
-    if os.environ.get(SWITCH) == "0":
+    if build.switched_off():
         return None
     try:
-        kernels = _open(_library_path())
+        kernels = _open()
         best = kernels.sparse_ffn_best()
         variants = {torch.float32: (_PORTABLE_FP32,), torch.bfloat16: tuple(range(_PORTABLE_BF16, best + 1))}
         for dtype, numbers in variants.items():
@@ -171,13 +111,11 @@ def load() -> tuple[ctypes.CDLL, dict[torch.dtype, tuple[int, ...]]] | None:
                 raise RuntimeError(f"it computes wrong results in {dtype}")
         if TILES in variants[torch.bfloat16] and not _layer_is_right(kernels):
             raise RuntimeError("it computes wrong results for a whole layer")
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.decode(errors="replace").strip()
-    except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = build.reason(error)
     else:
         return kernels, variants
-    _log.warning("the FFN kernel is unavailable, sparse FFNs run with torch operators: %s", reason[-2000:])
+    _log.warning("the FFN kernel is unavailable, sparse FFNs run with torch operators: %s", reason)
     return None
 
 

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "native.h"
+#include "tiles.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-#if defined(__AMX_BF16__) && defined(__linux__)
-#define WITH_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace sparse_ffn {
 
@@ -171,29 +166,6 @@ struct DotProduct : Steps {
 };
 
 #ifdef WITH_TILES
-
-// Asks the system for the tile registers, once per process.
-inline bool tiles_granted() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-}
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// x / (1 + exp(-x)), exp by a polynomial of 2^f on [-1/2, 1/2] with a relative error below 2e-7.
-inline __m512 silu(__m512 x) {
-  constexpr float kSeries[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
-  const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(power, 0), rest = _mm512_sub_ps(power, whole);
-  __m512 value = _mm512_setzero_ps();
-  for (const float term : kSeries) value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(term));
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(value, whole)));
-}
 
 // bfloat16 with tile registers, at most sixteen rows at a time. Tiles hold 16 rows of 32 bfloat16 or 16 fp32 values:
 // 0 and 1 the dot products of 16 channels each, 2 and 3 weights, 4 pairs of columns of x, 5 factors, 6 and 7 sums.

@@ -1,0 +1,1 @@
+"""Halves of a decoder layer for the few rows of a step."""

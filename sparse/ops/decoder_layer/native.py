@@ -1,0 +1,343 @@
+"""Halves of a decoder layer for the few rows of a step as CPU kernels (METHOD sections 1 and 2).
+
+One call runs norm, projections, rotation, storing, choice of blocks, attention and output map, or norm and feed-forward
+network, with no operator dispatched in between. Weights are packed in the order in which they are read. What a row gets
+does not depend on the rows beside it: steps of different lengths agree bit by bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparse.ops.native import build
+
+_SOURCES = ("native.cpp", "stages.h", "tiled.h", "portable.h", "team.h", "types.h")
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+TILE_ROWS = 16
+"""Rows are multiplied sixteen at a time; a head's queries are padded to a multiple."""
+PROJECT, MIX = 1, 2
+"""Parts of the attention half."""
+STAGES = ("linear", "select", "attention", "ffn")
+"""Components whose seconds a call adds up, in the order of its array."""
+
+_log = logging.getLogger(__name__)
+_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_Matrix = _structure(
+    "Matrix", weights=_POINTER, bias=_POINTER, **dict.fromkeys(("inputs", "outputs", "groups", "stride", "pair"), _SIZE)
+)
+Segment: Any = _structure(
+    "Segment",
+    **dict.fromkeys(("first", "count", "start"), _SIZE),
+    **dict.fromkeys(("keys", "values", "visible", "blocks", "kept"), _POINTER),
+    **dict.fromkeys(("chosen", "tail"), _SIZE),
+    summary=_POINTER,
+    **dict.fromkeys(("summary_stride", "whole", "sinks", "window"), _SIZE),
+    queries=_POINTER,
+)
+"""The tokens of one sequence in a step; the fields are explained in types.h."""
+_Attention: Any = _structure(
+    "Attention",
+    **dict.fromkeys(("norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin", "positions"), _POINTER),
+    **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim", "page", "block_size", "reduce_max"), _SIZE),
+    eps=_FLOAT,
+    scale=_FLOAT,
+)
+
+
+class PackedLinear:
+    """A linear map whose weights are packed for the kernels; callable like any other.
+
+    Args:
+        weight: [outputs, inputs], bf16 or fp32, on the CPU.
+        bias: [outputs] or None.
+        paired: the outputs are two halves, gate and up, whose columns are computed side by side.
+
+    Attributes:
+        weights: the packed weights.
+        outputs: columns.
+        paired: as given; false where the halves are no multiple of 16.
+        address: of the structure that the kernels take.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, paired: bool = False) -> None:
+        outputs, inputs = weight.shape
+        self.outputs, self.inputs, self.dtype = outputs, inputs, weight.dtype
+        self.paired = paired and outputs % 32 == 0
+        if self.paired:
+            grouped = weight.view(2, -1, 16, inputs).transpose(0, 1)
+        else:
+            grouped = functional.pad(weight, (0, 0, 0, -outputs % 32)).view(-1, 2, 16, inputs)
+        groups = grouped.shape[0]
+        if weight.dtype == torch.bfloat16:
+            grouped = functional.pad(grouped, (0, -inputs % 32)).view(groups, 2, 16, -1, 16, 2)
+            self.weights = grouped.permute(0, 3, 1, 4, 2, 5).contiguous()
+        else:
+            self.weights = grouped.permute(0, 3, 1, 2).contiguous()
+        self._bias = None if bias is None else bias.float().contiguous()
+        stride, pair = (16, outputs // 2) if self.paired else (32, 16)
+        pointers = (self.weights.data_ptr(), None if self._bias is None else self._bias.data_ptr())
+        self._matrix = _Matrix(*pointers, inputs, outputs, groups, stride, pair)
+        self.address = ctypes.addressof(self._matrix)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return linear(self, rows)
+
+
+def linear(packed: PackedLinear, rows: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """The map's outputs, of RMS-normed rows where ``norm`` is given.
+
+    Args:
+        packed: the map.
+        rows: [n, inputs] in the map's dtype, on the CPU.
+        norm: RMSNorm weight [inputs], or None.
+        eps: of the norm.
+
+    Returns:
+        [n, outputs].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if rows.dtype != packed.dtype or rows.dim() != 2 or rows.shape[1] != packed.inputs:
+        raise ValueError(f"rows {tuple(rows.shape)} in {rows.dtype} do not fit {packed.inputs} inputs, {packed.dtype}")
+    rows = rows.contiguous()
+    output = rows.new_empty(rows.shape[0], packed.outputs)
+    pointer = None if norm is None else norm.data_ptr()
+    _check(
+        _kernels().decoder_layer_linear(
+            _FORMATS[rows.dtype], packed.address, pointer, eps, rows.data_ptr(), rows.shape[0], output.data_ptr()
+        )
+    )
+    return output
+
+
+class AttentionLayer:
+    """What never changes of a layer's attention half.
+
+    Args:
+        norm: RMSNorm weight [hidden].
+        qkv, output: projections; query heads first, then key heads, then value heads.
+        query_norm, key_norm: RMSNorm weights of each head [head_dim], or None.
+        cos, sin: rotary tables [positions, 1, head_dim]; ``sin`` carries the sign of the rotated half.
+        heads, kv_heads, page: query heads, KV heads, positions per page of the cache.
+        eps, scale: of the norms, and of the queries.
+    """
+
+    def __init__(
+        self,
+        norm: Tensor,
+        qkv: PackedLinear,
+        output: PackedLinear,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        heads: int,
+        kv_heads: int,
+        page: int,
+        eps: float,
+        scale: float,
+    ) -> None:
+        self._kept = (norm, qkv, output, query_norm, key_norm, cos, sin)
+        self.dtype = norm.dtype
+        self._layer = _Attention(
+            norm=norm.data_ptr(),
+            qkv=qkv.address,
+            output=output.address,
+            query_norm=None if query_norm is None else query_norm.data_ptr(),
+            key_norm=None if key_norm is None else key_norm.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            hidden=norm.shape[0],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=cos.shape[-1],
+            page=page,
+            eps=eps,
+            scale=scale,
+        )
+        self._address = ctypes.addressof(self._layer)
+
+    def run(
+        self,
+        hidden: Tensor,
+        segments: Any,
+        positions: Tensor,
+        *,
+        block_size: int,
+        reduce_max: bool = False,
+        parts: int = PROJECT | MIX,
+        seconds: Any = None,
+    ) -> None:
+        """hidden += output(attention(norm(hidden))), in place; keys and values enter the cache.
+
+        Args:
+            hidden: [tokens, hidden].
+            segments: array of :data:`Segment`, one per sequence, which own the tokens in order.
+            positions: [tokens], int64.
+            block_size: positions per block, where segments attend to chosen blocks.
+            reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
+            parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
+            seconds: array of doubles, one per stage, to add to; or None.
+
+        Raises:
+            MemoryError: no memory for the working set.
+        """
+        layer = self._layer
+        layer.positions = positions.data_ptr()
+        layer.block_size, layer.reduce_max = block_size, reduce_max
+        _check(
+            _kernels().decoder_layer_attention(
+                _FORMATS[self.dtype],
+                self._address,
+                segments,
+                len(segments),
+                hidden.shape[0],
+                hidden.data_ptr(),
+                parts,
+                seconds,
+            )
+        )
+
+
+def feed_forward(
+    hidden: Tensor, norm: Tensor, eps: float, gate_up: PackedLinear, down: PackedLinear, seconds: Any = None
+) -> None:
+    """hidden += down(silu(gate(x)) * up(x)) with x = norm(hidden), in place.
+
+    Args:
+        hidden: [tokens, hidden], contiguous.
+        norm, eps: of the RMSNorm, [hidden].
+        gate_up: paired, gate first.
+        down: [width] to [hidden].
+        seconds: as in :meth:`AttentionLayer.run`.
+
+    Raises:
+        ValueError: ``gate_up`` is not paired.
+        MemoryError: no memory for the working set.
+    """
+    if not gate_up.paired:
+        raise ValueError("the gate and up projections are not packed as a pair")
+    _check(
+        _kernels().decoder_layer_feed_forward(
+            _FORMATS[hidden.dtype],
+            gate_up.address,
+            down.address,
+            norm.data_ptr(),
+            eps,
+            hidden.shape[0],
+            hidden.data_ptr(),
+            seconds,
+        )
+    )
+
+
+def fits(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel handles heads of this size."""
+    return head_dim <= 512 and head_dim % (32 if dtype == torch.bfloat16 else 2) == 0
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that a head's queries take in :data:`Segment`.queries, for ``rows`` tokens times query heads."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def stage_seconds() -> Any:
+    """An array that calls add their seconds to, one number per stage of :data:`STAGES`."""
+    return (ctypes.c_double * len(STAGES))()
+
+
+def segments(number: int) -> Any:
+    """An array of ``number`` empty segments."""
+    return (Segment * number)()
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the kernels run here in ``dtype``; the first call may build them (seconds)."""
+    return dtype in _formats()
+
+
+def _kernels() -> ctypes.CDLL:
+    loaded = _load()
+    if loaded is None:
+        raise RuntimeError("no kernels for decoder layers here")
+    return loaded
+
+
+def _check(status: int) -> None:
+    if status == 3:
+        raise MemoryError("no memory for the working set of a decoder layer")
+    if status:
+        raise RuntimeError("the kernels for decoder layers do not run on this CPU")
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    """The library with the types of its functions, or None. Builds it where it is missing."""
+    if build.switched_off():
+        return None
+    try:
+        kernels = build.open_library("decoder_layer", Path(__file__).parent, _SOURCES)
+        kernels.decoder_layer_attention.argtypes = [
+            ctypes.c_int,
+            *[_POINTER] * 2,
+            *[_SIZE] * 2,
+            _POINTER,
+            ctypes.c_int,
+            _POINTER,
+        ]
+        kernels.decoder_layer_feed_forward.argtypes = [
+            ctypes.c_int,
+            *[_POINTER] * 3,
+            _FLOAT,
+            _SIZE,
+            *[_POINTER] * 2,
+        ]
+        kernels.decoder_layer_linear.argtypes = [
+            ctypes.c_int,
+            *[_POINTER] * 2,
+            _FLOAT,
+            _POINTER,
+            _SIZE,
+            _POINTER,
+        ]
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        _log.warning("the kernels for decoder layers are unavailable, torch runs instead: %s", build.reason(error))
+        return None
+    return kernels
+
+
+@cache
+def _formats() -> Sequence[torch.dtype]:
+    """Formats whose linear map of a small problem is right."""
+    if _load() is None:
+        return ()
+    return tuple(dtype for dtype in _FORMATS if _is_right(dtype))
+
+
+def _is_right(dtype: torch.dtype) -> bool:
+    weight = torch.linspace(-9, 9, 40 * 50).sin().view(40, 50).to(dtype)
+    rows = torch.linspace(-3, 3, 5 * 50).cos().view(5, 50).to(dtype)
+    try:
+        found = PackedLinear(weight)(rows)
+    except RuntimeError:
+        return False
+    truth = rows.double() @ weight.double().T
+    return bool((found.double() - truth).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * truth.norm())

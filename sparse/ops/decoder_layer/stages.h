@@ -1,0 +1,226 @@
+// The stages of half a layer, each shared out among the threads of a team.
+#pragma once
+
+#include "tiled.h"
+
+namespace decoder_layer {
+
+enum Stage { kLinear, kSelect, kAttend, kFeedForward };
+
+// Rows of a tensor as a panel: normed unless norm is null, in rows of `stride` values, the rest zero.
+template <typename B>
+void prepare(const typename B::Scalar* rows, const void* norm, float eps, int64_t width, Range range,
+             typename B::Scalar* panel, int64_t stride, float* scratch) {
+  using Scalar = typename B::Scalar;
+  for (int64_t row = range.from; row < range.to; row++) {
+    const Scalar* from = rows + row * width;
+    Scalar* to = panel + row * stride;
+    if (norm) {
+      float *values = scratch, *weights = scratch + stride;
+      B::widen(from, width, values);
+      B::widen(static_cast<const Scalar*>(norm), width, weights);
+      float parts[16] = {};
+      for (int64_t i = 0; i < width / 16 * 16; i += 16)
+        for (int64_t j = 0; j < 16; j++) parts[j] += values[i + j] * values[i + j];
+      for (int64_t i = width / 16 * 16; i < width; i++) parts[0] += values[i] * values[i];
+      float total = 0;
+      for (const float part : parts) total += part;
+      const float factor = 1.0f / std::sqrt(total / width + eps);
+      for (int64_t i = 0; i < width; i++) values[i] = values[i] * factor * weights[i];
+      B::narrow(values, width, to);
+    } else {
+      std::copy_n(from, width, to);
+    }
+    std::fill(to + width, to + stride, Scalar{});
+  }
+}
+
+// The panel of `tokens` rows; rows up to a whole tile exist, their values do not matter.
+template <typename B>
+typename B::Scalar* panel_of(Arena& arena, int64_t tokens, int64_t stride) {
+  auto* panel = arena.take<typename B::Scalar>(padded(tokens, kTileRows) * stride);
+  std::fill_n(panel + tokens * stride, (padded(tokens, kTileRows) - tokens) * stride, typename B::Scalar{});
+  return panel;
+}
+
+// One half of a group's outputs plus bias: columns from `column`, as many as there are.
+template <typename Take>
+void columns_of(const Matrix& m, int64_t column, const float* sums, Take&& take) {
+  const int64_t count = std::min<int64_t>(16, m.outputs - column);
+  if (count <= 0) return;
+  float values[16];
+  for (int64_t i = 0; i < count; i++) values[i] = sums[i] + (m.bias ? m.bias[column + i] : 0.0f);
+  take(column, count, values);
+}
+
+template <typename Take>
+void both_columns(const Matrix& m, int64_t group, const float* low, const float* high, Take&& take) {
+  columns_of(m, group * m.stride, low, take);
+  columns_of(m, group * m.stride + m.pair, high, take);
+}
+
+// out += panel * weights, rounded once; out is [tokens, outputs].
+template <typename B>
+void add_product(const Matrix& m, Range groups, const typename B::Scalar* panel, int64_t stride, int64_t tokens,
+                 typename B::Scalar* out) {
+  B::multiply(m, groups, panel, stride, tokens, [&](int64_t row, int64_t group, const float* low, const float* high) {
+    both_columns(m, group, low, high, [&](int64_t column, int64_t count, float* values) {
+      typename B::Scalar* to = out + row * m.outputs + column;
+      float old[16];
+      B::widen(to, count, old);
+      for (int64_t i = 0; i < count; i++) values[i] += old[i];
+      B::narrow(values, count, to);
+    });
+  });
+}
+
+// The pieces of work of attention: a chunk of strips of one KV head of one segment.
+struct Piece {
+  int64_t segment, head, chunk;
+};
+
+// Where the strips of a piece lie.
+template <typename Scalar>
+struct Strips {
+  const Segment& segment;
+  const Attention& layer;
+  int64_t length;
+
+  Strips(const Segment& s, const Attention& l) : segment(s), layer(l), length(s.start + s.count) {}
+
+  int64_t per_block() const { return layer.block_size / kStrip; }
+  int64_t kept(int64_t head) const { return segment.kept ? segment.kept[head] : segment.chosen; }
+  int64_t from_blocks(int64_t head) const { return segment.blocks ? kept(head) * per_block() : 0; }
+  int64_t first() const { return segment.blocks ? segment.tail : 0; }
+
+  int64_t number(int64_t head) const { return from_blocks(head) + padded(length - first(), kStrip) / kStrip; }
+  int64_t chunks(int64_t head) const { return padded(number(head), kChunk) / kChunk; }
+
+  // Strip n of a head: those of the chosen blocks, then everything from the tail on.
+  Strip at(int64_t head, int64_t n) const {
+    const int64_t chosen = from_blocks(head);
+    const int64_t position =
+        n < chosen ? (segment.blocks[head * segment.chosen + n / per_block()] * per_block() + n % per_block()) * kStrip
+                   : first() + (n - chosen) * kStrip;
+    const int64_t page = position / layer.page, inside = position % layer.page;
+    const int64_t base = (page * layer.kv_heads + head) * layer.page * layer.head_dim;
+    return {static_cast<const Scalar*>(segment.keys) + base + inside,
+            static_cast<const Scalar*>(segment.values) + base + inside * layer.head_dim, position,
+            std::min<int64_t>(kStrip, length - position)};
+  }
+};
+
+// Rotates one token's projections, scales its queries, and stores its keys and values in the cache.
+template <typename B>
+void place_token(const Attention& a, const Segment& segment, int64_t token, const float* projected, float* scratch) {
+  using Scalar = typename B::Scalar;
+  const int64_t d = a.head_dim, half = d / 2, groups = a.heads / a.kv_heads;
+  const int64_t inside = token - segment.first, place = segment.start + inside;
+  const int64_t page = place / a.page, slot = place % a.page;
+  const int64_t padded_rows = padded(segment.count * groups, kTileRows);
+  float *cosines = scratch, *sines = cosines + d, *norms = sines + d, *rotated = norms + d;
+  Scalar rounded[512];
+  B::widen(static_cast<const Scalar*>(a.cos) + a.positions[token] * d, d, cosines);
+  B::widen(static_cast<const Scalar*>(a.sin) + a.positions[token] * d, d, sines);
+  for (int64_t head = 0; head < a.heads + 2 * a.kv_heads; head++) {
+    const float* values = projected + head * d;
+    const int64_t kv = head < a.heads ? head / groups : (head - a.heads) % a.kv_heads;
+    const int64_t base = (page * a.kv_heads + kv) * a.page * d;
+    if (head >= a.heads + a.kv_heads) {
+      B::narrow(values, d, static_cast<Scalar*>(segment.values) + base + slot * d);
+      continue;
+    }
+    const bool query = head < a.heads;
+    float factor = query ? a.scale : 1.0f;
+    const void* norm = query ? a.query_norm : a.key_norm;
+    if (norm) {
+      B::widen(static_cast<const Scalar*>(norm), d, norms);
+      float total = 0;
+      for (int64_t i = 0; i < d; i++) total += values[i] * values[i];
+      factor /= std::sqrt(total / d + a.eps);
+    } else {
+      std::fill_n(norms, d, 1.0f);
+    }
+    for (int64_t i = 0; i < d; i++) {
+      const int64_t other = i < half ? i + half : i - half;
+      rotated[i] = factor * (values[i] * norms[i] * cosines[i] + values[other] * norms[other] * sines[i]);
+    }
+    if (query) {
+      const int64_t row = inside * groups + head % groups;
+      B::narrow(rotated, d, static_cast<Scalar*>(segment.queries) + (kv * padded_rows + row) * d);
+    } else {
+      B::narrow(rotated, d, rounded);
+      Scalar* to = static_cast<Scalar*>(segment.keys) + base + slot;
+      for (int64_t i = 0; i < d; i++) to[i * a.page] = rounded[i];
+    }
+  }
+}
+
+// Scores of the blocks in a range for one KV head: mean key times the root's query, over its query heads by mean or
+// maximum; sink and window blocks always win.
+template <typename B>
+void score_blocks(const Attention& a, const Segment& segment, int64_t head, Range range, float* scores) {
+  using Scalar = typename B::Scalar;
+  const int64_t d = a.head_dim, groups = a.heads / a.kv_heads, count = range.to - range.from;
+  const auto* queries = static_cast<const Scalar*>(segment.queries) + head * padded(segment.count * groups, kTileRows) * d;
+  const auto* means = static_cast<const Scalar*>(segment.summary) + head * d * segment.summary_stride;
+  float sums[64], mean[64], query[512];
+  const auto add = [&](const float* vector) {
+    std::fill_n(sums, count, 0.0f);
+    for (int64_t i = 0; i < d; i++) {
+      B::widen(means + i * segment.summary_stride + range.from, count, mean);
+      for (int64_t block = 0; block < count; block++) sums[block] += vector[i] * mean[block];
+    }
+  };
+  float* out = scores + range.from;
+  if (a.reduce_max) {
+    std::fill_n(out, count, kNothing);
+    for (int64_t group = 0; group < groups; group++) {
+      B::widen(queries + group * d, d, query);
+      add(query);
+      for (int64_t block = 0; block < count; block++) out[block] = std::max(out[block], sums[block]);
+    }
+  } else {
+    float total[512] = {};
+    for (int64_t group = 0; group < groups; group++) {
+      B::widen(queries + group * d, d, query);
+      for (int64_t i = 0; i < d; i++) total[i] += query[i] / groups;
+    }
+    add(total);
+    std::copy_n(sums, count, out);
+  }
+  for (int64_t block = range.from; block < range.to; block++)
+    if (block < segment.sinks || block >= segment.whole - segment.window)
+      scores[block] = std::numeric_limits<float>::infinity();
+}
+
+// The `chosen` blocks with the highest scores, ascending; of equal ones the first.
+inline void choose_blocks(const float* scores, int64_t whole, int64_t chosen, float* sorted, int64_t* out) {
+  std::copy_n(scores, whole, sorted);
+  std::nth_element(sorted, sorted + chosen - 1, sorted + whole, std::greater<float>());
+  const float least = sorted[chosen - 1];
+  int64_t ties = chosen - std::count_if(sorted, sorted + chosen, [&](float score) { return score > least; });
+  for (int64_t block = 0, found = 0; block < whole && found < chosen; block++) {
+    const bool tied = scores[block] == least && ties > 0;
+    ties -= tied;
+    if (scores[block] > least || tied) out[found++] = block;
+  }
+}
+
+// One query head of a token: its parts over all chunks, put together into the row that the output map reads.
+template <typename B>
+void merge(const float* tops, const float* sums, const float* parts, int64_t chunks, int64_t rows, int64_t row,
+           int64_t head_dim, typename B::Scalar* out) {
+  float highest = kNothing, total = 0, mixed[512] = {};
+  for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, tops[c * rows + row]);
+  for (int64_t c = 0; c < chunks; c++) {
+    const float weight = B::weight_of(tops[c * rows + row] - highest);
+    const float* part = parts + (c * rows + row) * head_dim;
+    total += weight * sums[c * rows + row];
+    for (int64_t i = 0; i < head_dim; i++) mixed[i] += weight * part[i];
+  }
+  for (int64_t i = 0; i < head_dim; i++) mixed[i] /= total;
+  B::narrow(mixed, head_dim, out);
+}
+
+}  // namespace decoder_layer
