@@ -18,8 +18,9 @@ from harness.engine.decoding import Decoder, StopRule
 from harness.engine.drafting.base import Drafter, NoDrafter
 from harness.engine.drafting.oracle import OracleDrafter
 from harness.engine.model import loading
+from harness.engine.model.device_step import DeviceStep
+from harness.engine.model.engines import make_step
 from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions
-from harness.engine.model.step import Step
 from harness.schema import Config, ConfigError
 from harness.timing import make_clock
 from sparse.budget import Sparsity
@@ -124,6 +125,7 @@ def plan(config: Config) -> Plan:
     except (loading.ModelError, UnsupportedModel) as error:
         raise ConfigError(str(error)) from error
     sparsity = _sparsity(config, shape)
+    _check_engine(config, device, sparsity, experts=shape.experts > 0)
     prompt_limit = _prompt_limit(config, max_positions(model_config))
     task = _task(config)
     prepared = prepare(
@@ -175,7 +177,8 @@ def load(plan: Plan) -> Engine:
         weights = adapt(library, packed=config.engine.packed, channels=channels)
     except (loading.ModelError, UnsupportedModel) as error:
         raise ConfigError(str(error)) from error
-    step, clock = Step(weights, drafters.taps(config, plan.shape)), make_clock(plan.device.type)
+    step = make_step(weights, drafters.taps(config, plan.shape), engine=config.engine.name)
+    clock = make_clock(plan.device.type)
     summarised = next((sparsity for sparsity in plan.budgets.values() if not sparsity.is_dense), Sparsity())
     capacity, more = plan.capacity + drafters.room(config), drafters.cache_budgets(config)
     cache = step.new_cache(capacity, summarised.attention, plan.wave, *more)
@@ -216,6 +219,22 @@ def _task(config: Config) -> Task:
         options=schema.task_options(config.task),
     )
     return tasks.make(config.task.name, settings)
+
+
+def _check_engine(config: Config, device: torch.device, sparsity: Sparsity, *, experts: bool) -> None:
+    """Refuse what a captured step cannot do.
+
+    Raises:
+        ConfigError: engine=cuda_graph without a GPU, or with a mechanism that it does not run.
+    """
+    if config.engine.name != "cuda_graph":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"engine=cuda_graph: the model runs on {device.type} (valid here: compiled, eager)")
+    try:
+        DeviceStep.check(sparsity, experts=experts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _wave(config: Config) -> int:

@@ -27,6 +27,7 @@ from harness.engine.drafting.pace import ConfidencePace, GainPace, StepCost
 from harness.engine.drafting.selfsparse import SelfSparseDrafter
 from harness.engine.drafting.suffix import SharedHistory, SuffixDrafter
 from harness.engine.model import eagle3, loading
+from harness.engine.model.engines import make_step
 from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions, model_shape
 from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
@@ -364,7 +365,8 @@ def load(config: schema.Config, drafting: Drafting, dtype: torch.dtype, device: 
                 if part.path is not None:
                     model = _draft_model(config, part)
                     library = models.library_model(model, models.library_config(model), dtype, device, config.seed)
-                    drafting.model = Step(adapt(library, packed=config.engine.packed))
+                    engine = "eager" if config.engine.name == "cuda_graph" else config.engine.name
+                    drafting.model = make_step(adapt(library, packed=config.engine.packed), engine=engine)
         except (loading.ModelError, UnsupportedModel, eagle3.HeadError) as error:
             raise ConfigError(f"{path}.path={show(getattr(part, 'path', None))}: {error}") from error
 

@@ -270,6 +270,7 @@ def _describe(
     plan: Plan, store: RunStore, facts: dict[str, Any], status: str = "ok", reason: str | None = None
 ) -> dict[str, Any]:
     """The summary of what the store holds now."""
+    peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
     cut = [item for item in plan.prepared if item.truncated_tokens]
     notes = [f"{len(cut)} of {len(plan.prepared)} prompts lost the middle of their document"] if cut else []
     if plan.config.task.source == "bundled":
@@ -291,7 +292,8 @@ def _describe(
         status=status,
         reason=reason,
         required_paths=plan.required_paths,
-        bandwidth=roofline.bandwidth(plan.device.type, plan.threads),
+        bandwidth=peaks.bandwidth,
+        rate=peaks.rate,
         peak_memory=dict.fromkeys(plan.config.arms, _peak_memory(plan.device)),
         notes=notes,
         seed=plan.config.seed,

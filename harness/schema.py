@@ -26,6 +26,8 @@ from harness.schema_drafts import (
 )
 from harness.schema_groups import (
     CarvedModelConfig,
+    CompiledEngine,
+    CudaGraphEngine,
     EagerEngine,
     GreedyDecode,
     HfModelConfig,
@@ -74,8 +76,10 @@ __all__ = [
     "BlockTopkAttention",
     "CarvedModelConfig",
     "CombinedDraft",
+    "CompiledEngine",
     "Config",
     "ConfigError",
+    "CudaGraphEngine",
     "DenseAttention",
     "DenseFfn",
     "DenseMoe",
@@ -207,7 +211,7 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, type[Any]]]] = {
         "name",
         {"greedy": GreedyDecode, "sample": SampledDecode, "typical": TypicalDecode, "topk_match": TopkMatchDecode},
     ),
-    "engine": ("name", {"eager": EagerEngine}),
+    "engine": ("name", {"eager": EagerEngine, "compiled": CompiledEngine, "cuda_graph": CudaGraphEngine}),
     "track": ("name", {"none": NoTrack, "wandb_offline": WandbOffline, "wandb": Wandb}),
 }
 """group -> (the key that picks the class, choice -> settings class)."""
@@ -225,7 +229,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     check_draft(config.draft, config.decode.name)
     check_sparsity(config.attn, config.ffn, config.moe, config.reuse, config.calibration)
     _check_cache(config)
-    _check_wave(config)
+    _check_engine(config)
     return replace(config, model=_labelled(config.model))
 
 
@@ -293,9 +297,11 @@ def _check_cache(config: Config) -> None:
         raise ConfigError(f"attn.l0={attn.l0}: {cache} never goes beyond it; choose less than {longest}")
 
 
-def _check_wave(config: Config) -> None:
-    """A wave that fills the batch."""
+def _check_engine(config: Config) -> None:
+    """A wave that fills the batch, and weights packed for kernels that need it."""
     engine = config.engine
+    if engine.name == "compiled" and not engine.packed:
+        raise ConfigError("engine.packed=false: the kernels of engine=compiled read packed weights (valid: true)")
     if engine.wave is not None and engine.wave < engine.batch_size:
         raise ConfigError(
             f"engine.wave={engine.wave}: fewer examples than engine.batch_size={engine.batch_size}; choose at least "

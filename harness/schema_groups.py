@@ -172,6 +172,16 @@ class EagerEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class CompiledEngine(EagerEngine):
+    """Halves of layers as CPU kernels that the system's compiler builds at first use; elsewhere as eager."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaGraphEngine(EagerEngine):
+    """The whole verification step captured once per form and replayed, with Triton kernels."""
+
+
+@dataclass(frozen=True, slots=True)
 class NoTrack:
     """No experiment tracker; the local files are complete without one."""
 

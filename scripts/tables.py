@@ -21,6 +21,8 @@ from scripts.cells import ARROW, NOTHING, Column, Grid, grids_of, lines
 LEGEND = (
     "Ratios are decoding throughputs (prefill left out) with 95% intervals over examples (BCa bootstrap, by cluster). "
     "limit: the most sparse/dense could be, bytes of a dense step over bytes of a sparse step. "
+    "of peak: least time of a step on this machine's measured peaks over its time, dense above sparse; c where "
+    "arithmetic sets that limit instead of memory traffic. "
     "AL: new tokens per verification of the sparse arm. "
     "same: outputs identical to dense and median token where they part; in brackets the noise floor, dense against AR."
 )
@@ -65,6 +67,7 @@ FULL = (
     Column("sparse\n/ AR", lambda row: cells.estimate(row.sparse_vs_ar)),
     Column("sparse\n/ dense", lambda row: cells.estimate(row.sparse_vs_dense)),
     Column("limit", lambda row: cells.number(row.limit)),
+    Column("of\npeak", lambda row: lines(*(_of_peak(row, arm) for arm in ("dense", "sparse"))), optional=True),
     Column("sparse AR\n/ AR", lambda row: cells.estimate(row.sparse_ar_vs_ar), optional=True),
     Column(f"quality dense {ARROW} sparse\nand difference", lambda row: _quality(row), right=False),
     Column("same\n(floor)", cells.same, right=False),
@@ -88,6 +91,13 @@ def results_grids(rows: Sequence[Row], columns: Sequence[Column] = FULL) -> list
 
 def _kept(row: Row) -> str:
     return f"({row.kept_tokens} tokens)" if row.kept_tokens is not None else ""
+
+
+def _of_peak(row: Row, arm: str) -> str:
+    fraction = row.roofline(arm)
+    if fraction is None:
+        return ""
+    return f"{100 * fraction:.0f}%" + (" c" if row.bound(arm) == "compute" else "")
 
 
 def _quality(row: Row) -> str:

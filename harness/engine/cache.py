@@ -168,6 +168,14 @@ class KVCache:
         self._summarised[row] = min(self._summarised[row], length // self.block_size)
         self.truncate(row, length + len(kept))
 
+    def unsummarised(self, row: int = 0) -> range:
+        """Blocks of ``row`` that became whole since they were last summarised."""
+        return range(self._summarised[row], self.whole_blocks(row))
+
+    def declare_summarised(self, row: int) -> None:
+        """The caller has summarised all whole blocks of ``row``."""
+        self._summarised[row] = self.whole_blocks(row)
+
     def refresh_summaries(self, row: int = 0) -> None:
         """Summarise the blocks of ``row`` that became whole since the last call, in all layers at once."""
         whole = self.whole_blocks(row)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from harness.engine.acceptance import Accepted, Greedy, Rule
 from harness.engine.cache import KVCache
-from harness.engine.drafting.base import Drafter
+from harness.engine.drafting.base import Drafter, spent
 from harness.engine.drafting.draft import Draft
 from harness.engine.model.probe import Probe
 from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
 from sparse.budget import Sparsity
-from sparse.cost import trace_bytes, trace_flops
+from sparse.cost import Cost, total, trace_costs
 from sparse.trace import Trace
 
 
@@ -124,7 +124,8 @@ class Decoded:
         histogram: steps by the number of new tokens they yielded (METHOD section 8).
         step_seconds: wall-clock of each step, drafting and acceptance included.
         draft_seconds, accept_seconds: this sequence's share of their totals, both parts of ``seconds``.
-        bytes, flops: this sequence's share of the cost model's totals.
+        costs: this sequence's share of the least work of each component (``sparse.cost.COMPONENTS``), and under
+            ``draft`` that of its drafter's passes, what the drafter alone does with the prompt included.
         transcript: each step.
         trace: counters of all sequences that were decoded together.
         leads: whether this is the first of these sequences that took a step, so that sums over sequences count
@@ -139,12 +140,21 @@ class Decoded:
     step_seconds: list[float] = field(default_factory=list)
     draft_seconds: float = 0.0
     accept_seconds: float = 0.0
-    bytes: float = 0.0
-    flops: float = 0.0
+    costs: dict[str, Cost] = field(default_factory=dict)
     transcript: list[StepTaken] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     leads: bool = True
     share: float = 1.0
+
+    @property
+    def bytes(self) -> float:
+        """Least bytes of all components together."""
+        return total(self.costs.values()).bytes
+
+    @property
+    def flops(self) -> float:
+        """Least floating-point operations of all components together."""
+        return total(self.costs.values()).flops
 
 
 @dataclass(slots=True)
@@ -269,14 +279,13 @@ class Decoder:
         results = [one.result for one in sequences]
         taken = sum(result.seconds for result in results)
         steps = sum(len(result.step_seconds) for result in results)
-        total_bytes = trace_bytes(shape, run.sparsity.attention, trace)
-        total_flops = trace_flops(shape, trace)
+        costs = trace_costs(shape, run.sparsity.attention, trace)
         for one in sequences:
             result = one.result
             result.seconds = one.prepared + result.seconds * (seconds / taken if taken else 0.0)
             result.draft_seconds += one.prepared
             result.share = len(result.step_seconds) / steps if steps else 0.0
-            result.bytes, result.flops = total_bytes * result.share, total_flops * result.share
+            result.costs = {name: cost * result.share for name, cost in costs.items()} | {"draft": spent(one.drafter)}
         next((result for result in results if result.step_seconds), results[0]).leads = True
 
     def replay(self, prefix: Prefix, decoded: Decoded, sparsity: Sparsity, probe: Probe | None = None) -> list[Tensor]:

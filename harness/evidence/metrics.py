@@ -25,6 +25,7 @@ def summarise(
     arms: Sequence[str],
     metrics: Sequence[str],
     bandwidth: float | None = None,
+    rate: float | None = None,
     peak_memory: Mapping[str, int | None] | None = None,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
@@ -36,6 +37,7 @@ def summarise(
         records: any order; examples that lack an arm are left out.
         metrics: names of the grades in points (0 to 100), the primary one first.
         bandwidth: memory bandwidth of the device in bytes per second; None leaves the roofline fraction null.
+        rate: floating-point operations per second of its matrix products; None leaves arithmetic out of the limit.
         peak_memory: bytes per arm.
         greedy: whether every arm keeps the target's greedy tokens; else outputs part by chance or by the rule, and
             where they part says nothing.
@@ -48,7 +50,7 @@ def summarise(
     _check_prompts(examples)
     by_arm = {arm: [rows[arm] for rows in examples.values()] for arm in arms}
     blocks = {
-        arm: arm_block(rows, metrics, bandwidth=bandwidth, peak_memory=(peak_memory or {}).get(arm))
+        arm: arm_block(rows, metrics, bandwidth=bandwidth, rate=rate, peak_memory=(peak_memory or {}).get(arm))
         for arm, rows in by_arm.items()
         if rows
     }
@@ -75,18 +77,23 @@ def _check_prompts(examples: Mapping[str, Mapping[str, Record]]) -> None:
 
 
 def arm_block(
-    rows: Sequence[Record], metrics: Sequence[str], *, bandwidth: float | None = None, peak_memory: int | None = None
+    rows: Sequence[Record],
+    metrics: Sequence[str],
+    *,
+    bandwidth: float | None = None,
+    rate: float | None = None,
+    peak_memory: int | None = None,
 ) -> dict[str, Any]:
     """One arm's entry under `arms`; `rows` holds one record per example and is not empty.
 
     `tokens` and `seconds` cover decoding only, `ttft_seconds` is the median over examples, means per step are weighted
-    by steps, fields of mechanisms that record nothing are null.
+    by steps, fields of mechanisms that record nothing are null. `roofline_fraction` is the least time of the mean step,
+    drafting included, over the time it took, and `roofline_bound` says which side sets that limit (METHOD section 7).
     """
     tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
     seconds = sum(row.seconds for row in rows)
     step_ms = np.array([value for row in rows for value in row.step_ms])
-    step_bytes = _per_step(rows, "bytes_per_step")
-    mean_step = _ratio(seconds - sum(row.draft_seconds for row in rows), steps)
+    step_bytes, step_flops = _per_step(rows, "bytes_per_step"), _per_step(rows, "flops_per_step")
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -103,12 +110,28 @@ def arm_block(
         "components_ms": _components(rows, steps),
         "draft": _drafting(rows, seconds),
         "bytes_per_step": step_bytes,
-        "flops_per_step": _per_step(rows, "flops_per_step"),
+        "flops_per_step": step_flops,
         "density": {axis: _density(rows, axis) for axis in ("attention", "ffn", "experts")},
         "trace": trace_block(rows),
-        "roofline_fraction": step_bytes / bandwidth / mean_step if step_bytes and bandwidth and mean_step else None,
+        **roofline(step_bytes, step_flops, _ratio(seconds, steps), bandwidth, rate),
         "peak_memory_bytes": peak_memory,
     }
+
+
+def roofline(
+    moved: float | None, flops: float | None, seconds: float | None, bandwidth: float | None, rate: float | None
+) -> dict[str, Any]:
+    """Least time of a step over its time, and which side sets it: `bandwidth` or `compute`; nulls where unknown.
+
+    Args:
+        moved, flops, seconds: of a step.
+        bandwidth, rate: of the device, per second.
+    """
+    if not (moved and seconds and bandwidth):
+        return {"roofline_fraction": None, "roofline_bound": None}
+    moving, computing = moved / bandwidth, flops / rate if flops and rate else 0.0
+    side = "bandwidth" if moving >= computing else "compute"
+    return {"roofline_fraction": max(moving, computing) / seconds, "roofline_bound": side}
 
 
 def acceptance_length(rows: Sequence[Record]) -> dict[str, float | None]:

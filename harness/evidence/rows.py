@@ -134,6 +134,14 @@ class Row:
         """Mean milliseconds per step of every component that was timed."""
         return {name: float(value) for name, value in self._arm(arm, "components_ms").items() if value is not None}
 
+    def roofline(self, arm: str) -> float | None:
+        """Least time of an arm's mean step over the time it took (METHOD section 7)."""
+        return _number((self.arms.get(arm) or {}).get("roofline_fraction"))
+
+    def bound(self, arm: str) -> str | None:
+        """Which side sets that limit, `bandwidth` or `compute`; None in runs of earlier versions: bandwidth."""
+        return (self.arms.get(arm) or {}).get("roofline_bound")
+
     @property
     def time_ratio(self) -> float | None:
         """Median step of the sparse arm over that of the dense arm."""
@@ -309,4 +317,6 @@ def _overview(row: Row) -> dict[str, Any]:
         low, high = estimate.ci or (None, None)
         flat |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
     flat["limit_sparse_vs_dense"] = row.limit
+    for arm in ("ar", "dense", "sparse"):
+        flat[f"{arm}_roofline_fraction"], flat[f"{arm}_roofline_bound"] = row.roofline(arm), row.bound(arm)
     return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in flat.items()}

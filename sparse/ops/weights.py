@@ -44,6 +44,8 @@ class MoeWeights:
         top_k: routed experts per token.
         normalise: the weights of a token's experts are divided by their sum.
         unit: every chosen expert counts 1, whatever its weight; the weights only rank (carved models).
+        stacked: weights of the routed experts for kernels on a GPU, gate and up [experts, 2 * width, hidden], gate
+            first, and down [experts, hidden, width]; or None.
     """
 
     router: LinearMap
@@ -52,3 +54,4 @@ class MoeWeights:
     top_k: int
     normalise: bool
     unit: bool = False
+    stacked: tuple[Tensor, Tensor] | None = None

@@ -117,7 +117,7 @@ def test_batches_share_time_and_traffic(monkeypatch: pytest.MonkeyPatch) -> None
         assert one.share == pytest.approx(len(one.step_seconds) / sum(map(len, together)))
     assert sum(one.share for one in decoded) == pytest.approx(1)
     assert sum(one.bytes for one in decoded) == pytest.approx(trace_bytes(shape, DENSE.attention, trace))
-    assert sum(one.flops for one in decoded) == pytest.approx(trace_flops(shape, trace))
+    assert sum(one.flops for one in decoded) == pytest.approx(trace_flops(shape, DENSE.attention, trace))
 
     left = [iter(one.step_seconds) for one in decoded]
     durations = [{next(left[row]) for row in rows} for rows in together]

@@ -7,7 +7,7 @@ from tests.evidence_samples import ARMS, example, record
 
 ARM_KEYS = (
     "tokens seconds tokens_per_second steps ttft_seconds acceptance_length histogram quality step_ms components_ms "
-    "draft bytes_per_step flops_per_step density trace roofline_fraction peak_memory_bytes"
+    "draft bytes_per_step flops_per_step density trace roofline_fraction roofline_bound peak_memory_bytes"
 )
 
 
@@ -37,7 +37,11 @@ def test_the_arm_block_by_hand():
     assert block["ttft_seconds"] == 2.0
     assert block["step_ms"] == {"p50": 2.5, "p90": pytest.approx(3.7)}
     assert block["bytes_per_step"] == pytest.approx((3 * 30 + 10) / 4)
-    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / ((3.0 - 4e-3) / 4)), "of verification alone"
+    assert block["roofline_fraction"] == pytest.approx((25.0 / 1e4) / (3.0 / 4)), "of the whole step"
+    assert block["roofline_bound"] == "bandwidth"
+    computing = metrics.arm_block(rows, ("rougeL",), bandwidth=1e4, rate=2e9)
+    assert computing["roofline_fraction"] == pytest.approx((1e9 / 2e9) / (3.0 / 4))
+    assert computing["roofline_bound"] == "compute"
     assert block["components_ms"]["draft"] == pytest.approx(1.0)
     assert block["components_ms"]["accept"] == pytest.approx(0.5)
     assert block["components_ms"]["attention"] is None
@@ -85,6 +89,7 @@ def test_waves_and_clusters_link_what_was_timed_together():
 def test_unknown_costs_stay_null():
     block = metrics.arm_block([record(bytes_per_step=None, flops_per_step=None, step_ms=())], ("rougeL",))
     assert block["bytes_per_step"] is block["flops_per_step"] is block["roofline_fraction"] is None
+    assert block["roofline_bound"] is None
     assert block["step_ms"] == {"p50": None, "p90": None}
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from harness.engine.drafting.draft import Draft
+from sparse.cost import Cost
 
 
 class Drafter(Protocol):
@@ -17,7 +18,8 @@ class Drafter(Protocol):
     from which it was predicted, so the state after the token before it, [tokens, taps * hidden]. None without taps.
 
     A drafter that reads features says so by an attribute ``reads_features``, one that reads block summaries of the
-    target's cache by ``reads_blocks``; both are taken as false where they are missing.
+    target's cache by ``reads_blocks``; both are taken as false where they are missing. One that runs a model counts
+    the least work of its passes since the last reset in an attribute ``spent``; where that is missing, there is none.
     """
 
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
@@ -34,6 +36,12 @@ class Drafter(Protocol):
 
     def propose(self, limit: int) -> Draft:
         """What may follow the sequence, no path longer than ``limit``; empty if there is no idea."""
+
+
+def spent(drafter: Drafter) -> Cost:
+    """Least bytes and FLOPs of a drafter's passes since its last reset (METHOD section 7)."""
+    found: Cost = getattr(drafter, "spent", Cost())
+    return found
 
 
 class NoDrafter:

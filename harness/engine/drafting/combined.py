@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from harness.engine.drafting.base import Drafter
+from harness.engine.drafting.base import Drafter, spent
 from harness.engine.drafting.draft import Draft
+from sparse.cost import Cost
 
 
 class MatchingDrafter(Drafter, Protocol):
@@ -52,6 +53,11 @@ class CombinedDrafter:
     def reads_blocks(self) -> bool:
         """Whether one of them chooses blocks of the target's cache."""
         return any(getattr(part, "reads_blocks", False) for part in (self._first, self._second))
+
+    @property
+    def spent(self) -> Cost:
+        """Least work of both since the last reset."""
+        return spent(self._first) + spent(self._second)
 
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Start a new sequence with both."""

@@ -20,6 +20,7 @@ from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.expansion import Growth, Pace, grow, room
 from harness.engine.model.eagle3 import Attend, Eagle3Head
 from harness.engine.sampling import Sampling, distribution
+from sparse.cost import Cost, HeadShape
 
 _ROOM = 512
 """Positions that storage starts with."""
@@ -102,6 +103,7 @@ class Eagle3Drafter:
 
     Attributes:
         reads_features: it reads hidden states of the target.
+        spent: least work of its passes since the last reset.
 
     Raises:
         ValueError: the embedding does not fit the head.
@@ -142,6 +144,17 @@ class Eagle3Drafter:
         self._length = 0
         self._states: Tensor | None = None
         self._paths: dict[int, tuple[int, ...]] = {}
+        self._sizes = HeadShape(
+            hidden=shape.hidden,
+            features=shape.features,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            ffn=shape.ffn,
+            vocab=shape.draft_vocab,
+            itemsize=head.norm.weight.element_size(),
+        )
+        self.spent = Cost()
 
     @torch.inference_mode()
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
@@ -151,6 +164,7 @@ class Eagle3Drafter:
             ValueError: there are no features, or not those of ``prompt[1:]``.
         """
         rows = self._checked(prompt[1:], features)
+        self.spent = Cost()
         if tuple(prompt) != self._prompt:
             self._prompt, self._prompt_end, self._length = (), [], 0
             unseen = 0 if self._window is None else max(0, len(prompt) - 2 - self._window)
@@ -211,6 +225,7 @@ class Eagle3Drafter:
         """Store keys and values of observed tokens [n] with features [n, features]."""
         memory = self._memory
         memory.reserve(self._length + len(tokens))
+        self.spent += self._sizes.remember(len(tokens))
         for first in range(0, len(tokens), _CHUNK):
             part = slice(first, first + _CHUNK)
             embeddings, states = self._embed(tokens[part]), self._fuse(features[part])
@@ -234,6 +249,7 @@ class Eagle3Drafter:
             embeddings, states, memory.cos[here], memory.sin[here], memory.attention(place, None, self._begin())
         )
         self._length, self._waiting = place + 1, []
+        self.spent += self._sizes.run(1, self._length - self._begin(), fused=1)
         return root
 
     def _extend(self, numbers: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
@@ -260,6 +276,7 @@ class Eagle3Drafter:
             memory.attention(start, mask, self._begin()),
         )
         self._states = torch.cat((self._states, outputs))
+        self.spent += self._sizes.run(len(paths), start + len(paths) - self._begin())
         return self._distribution(outputs)
 
     def _mask(self, paths: list[tuple[int, ...]], done: int) -> Tensor | None:

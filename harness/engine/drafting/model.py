@@ -14,6 +14,7 @@ from harness.engine.drafting.expansion import Growth, Pace, grow
 from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
 from harness.engine.sampling import Sampling, distribution
+from sparse.cost import Cost, prefill_cost, total, trace_costs
 from sparse.tree import Tree
 
 _FEW = 64  # tokens up to which a step is cheaper than a prefill, which copies the cached keys and values
@@ -44,6 +45,7 @@ class Passes:
         self._run = Verification()
         self._tokens: list[int] = []
         self._parents: list[int] = []
+        self._logits = 0
 
     def begin(self, tokens: Sequence[int], run: Verification) -> Tensor:
         """Run ``tokens``, the root last, after what the cache holds; they stay in it.
@@ -55,7 +57,7 @@ class Passes:
         Returns:
             The distribution after the root, [vocab], fp32.
         """
-        self._run = run
+        self._run, self._logits = run, 0
         self._tokens, self._parents = [tokens[-1]], []
         return self._pass(Segment(self._row, tokens), 1)[0]
 
@@ -76,7 +78,14 @@ class Passes:
         """Draft tokens that stand in the cache behind the root."""
         return [] if self._branches else self._tokens[1:]
 
+    def cost(self) -> Cost:
+        """Least work of all passes since :meth:`begin`."""
+        shape, run = self._step.weights.shape, self._run
+        layers = shape.layers - len(run.left_out)
+        return total(trace_costs(shape, run.sparsity.attention, run.trace, layers=layers, logits=self._logits).values())
+
     def _pass(self, segment: Segment, last: int) -> Tensor:
+        self._logits += last
         logits = self._step.run([segment], self._cache, self._run, last).logits
         return distribution(logits, self._sampling)
 
@@ -95,6 +104,9 @@ class ModelDrafter:
         sample: how draft tokens are drawn; None takes the most probable ones.
         pace: when to stop; None leaves it to ``growth``.
         prefill_chunk: tokens per forward pass of a prefill.
+
+    Attributes:
+        spent: least work of its passes since the last reset.
     """
 
     def __init__(
@@ -120,6 +132,7 @@ class ModelDrafter:
         self._sequence: list[int] = []
         self._cached: list[int] = []
         self._agreed = 0
+        self.spent = Cost()
 
     def reset(self, prompt: Sequence[int], features: Tensor | None = None, seed: int = 0) -> None:
         """Start over after ``prompt``, and prefill what the cache does not hold of it.
@@ -130,6 +143,7 @@ class ModelDrafter:
         self._random = Random(f"{seed} draft") if self._draws else None
         self._sequence = list(prompt)
         self._agreed = 0
+        self.spent = Cost()
         self._roll_back(len(prompt))
         self._prefill(self._sequence[len(self._cached) :])
 
@@ -150,6 +164,7 @@ class ModelDrafter:
             self._prefill(self._sequence[len(self._cached) : -1])
         root = self._passes.begin(self._sequence[len(self._cached) :], Verification())
         draft = grow(self._growth, root, self._passes.extend, limit, random=self._random, pace=self._pace)
+        self.spent += self._passes.cost()
         self._agreed = len(self._sequence)
         self._cached = [*self._sequence, *self._passes.cached()]
         return draft
@@ -167,5 +182,7 @@ class ModelDrafter:
         """Run ``tokens``, which follow what is cached, without asking for drafts."""
         if tokens:
             chain = torch.tensor(tokens, device=self._step.weights.device)
+            start = self._cache.lengths[self._row]
             self._step.prefill(chain, self._cache, self._chunk, self._row)
+            self.spent += prefill_cost(self._step.weights.shape, start, len(tokens), self._chunk)
             self._cached.extend(tokens)

@@ -15,6 +15,7 @@ from harness.engine.model.step import Step
 from harness.engine.model.verification import Verification
 from harness.engine.sampling import Sampling
 from sparse.budget import Sparsity
+from sparse.cost import Cost
 
 
 class SelfSparseDrafter:
@@ -33,6 +34,9 @@ class SelfSparseDrafter:
         left_out: layers that do not run while drafting.
         sample: how draft tokens are drawn; None takes the most probable ones.
         pace: when to stop; None leaves it to ``growth``.
+
+    Attributes:
+        spent: least work of its passes since the last reset.
 
     Raises:
         ValueError: the cache lacks summaries or is cut into other blocks, or ``left_out`` names layers that the model
@@ -70,6 +74,7 @@ class SelfSparseDrafter:
         self._random: Random | None = None
         self._passes = Passes(step, cache, row, growth.topk > 1, sample)
         self._last = 0
+        self.spent = Cost()
 
     @property
     def reads_blocks(self) -> bool:
@@ -80,6 +85,7 @@ class SelfSparseDrafter:
         """Start over; the target's cache holds ``prompt`` already."""
         self._random = Random(f"{seed} draft") if self._draws else None
         self._last = prompt[-1]
+        self.spent = Cost()
 
     def observe(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         """The last of ``tokens`` is the next draft's root; the cache holds everything before it."""
@@ -96,6 +102,8 @@ class SelfSparseDrafter:
         length = self._cache.lengths[self._row]
         try:
             root = self._passes.begin([self._last], Verification(self._sparsity, left_out=self._left_out))
-            return grow(self._growth, root, self._passes.extend, limit, random=self._random, pace=self._pace)
+            draft = grow(self._growth, root, self._passes.extend, limit, random=self._random, pace=self._pace)
+            self.spent += self._passes.cost()
+            return draft
         finally:
             self._cache.truncate(self._row, length)

@@ -1,14 +1,15 @@
 """The decoding step with halves of layers as compiled CPU kernels: engine=compiled (DESIGN section 2).
 
-What is chosen, remembered and counted is decided here exactly as in the eager step; only the arithmetic of a half layer
-is one call. A layer or a setting that the kernels do not cover runs with torch operators, which the counters of paths
-tell. Rows do not depend on each other's number: without sparsity a verification step gives every token the very bits
-that autoregressive decoding gives it, in bf16 too.
+What is chosen, remembered and counted is decided here exactly as in the eager step; the arithmetic waits in a queue,
+and layers that follow each other run in one call. A layer or a setting that the kernels do not cover runs with torch
+operators, which the counters of paths tell. Rows do not depend on each other's number: without sparsity a verification
+step gives every token the very bits that autoregressive decoding gives it, in bf16 too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,23 @@ from sparse.selection import Selection
 from sparse.trace import NATIVE
 
 
+@dataclass(slots=True)
+class _Sequences:
+    """The sequences of a step as the kernels see them.
+
+    Attributes:
+        batch: of the step.
+        template: what all layers share of the segments.
+        queries: room for the queries of all of them, for layers whose blocks torch operators choose.
+        views: of each sequence's queries, [kv_heads, tokens * groups, head_dim].
+    """
+
+    batch: Batch
+    template: Any
+    queries: Tensor
+    views: list[Tensor] = field(default_factory=list)
+
+
 class CompiledStep(Step):
     """Runs tokens through the model against a cache, with compiled halves of layers where they fit.
 
@@ -37,21 +55,25 @@ class CompiledStep(Step):
 
     def __init__(self, weights: ModelWeights, taps: tuple[int, ...] = ()) -> None:
         super().__init__(weights, taps)
-        self._layers = [self._compiled(layer) for layer in weights.layers]
-        self._batch: tuple[Batch, Any, Tensor] | None = None
+        self._attention = [self._attention_layer(layer) for layer in weights.layers]
+        self._feed_forward = [self._feed_forward_layer(layer) for layer in weights.layers]
+        self._jobs = native.Jobs()
+        self._sequences: _Sequences | None = None
 
     @property
     def covers_all(self) -> bool:
         """Whether the kernels cover the attention of every layer."""
-        return all(layer is not None for layer in self._layers)
+        return all(layer is not None for layer in self._attention)
 
-    def _compiled(self, layer: LayerWeights) -> native.AttentionLayer | None:
+    def _attention_layer(self, layer: LayerWeights) -> native.AttentionLayer | None:
         """The attention half for the kernels, or None where they do not cover it."""
         weights, shape = self.weights, self.weights.shape
         norms = [norm for norm in (layer.query_norm, layer.key_norm) if norm is not None]
         if not isinstance(layer.qkv, native.PackedLinear) or not isinstance(layer.output, native.PackedLinear):
             return None
-        if any(norm.shape[0] != shape.head_dim for norm in norms) or not native.fits(shape.head_dim, weights.dtype):
+        if any(norm.shape[0] != shape.head_dim for norm in norms) or not native.fits(
+            shape.head_dim, weights.dtype, PAGE
+        ):
             return None
         return native.AttentionLayer(
             layer.attention_norm,
@@ -63,75 +85,80 @@ class CompiledStep(Step):
             weights.sin,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
-            page=PAGE,
             eps=weights.eps,
             scale=self._scale,
         )
 
+    def _feed_forward_layer(self, layer: LayerWeights) -> native.FeedForwardLayer | None:
+        """The dense feed-forward half for the kernels, or None where they do not cover it."""
+        ffn = layer.ffn
+        if ffn is None or not isinstance(ffn.gate_up, native.PackedLinear) or not ffn.gate_up.paired:
+            return None
+        if not isinstance(ffn.down, native.PackedLinear):
+            return None
+        return native.FeedForwardLayer(layer.ffn_norm, ffn.gate_up, ffn.down, self.weights.eps)
+
     def _attention_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        layer = self._layers[number]
+        layer, budget = self._attention[number], run.sparsity.attention
         if layer is None or run.probe is not None:
+            self._finish(run, hidden)
             return super()._attention_half(run, number, hidden, batch, cache)
-        segments, queries = self._segments(batch, cache)
-        budget = run.sparsity.attention
-        choices = []
-        for index, (row, _, _) in enumerate(batch.parts):
-            choice = _Chosen(known(run, number, row, cache.lengths[row]))
-            segment = segments[index]
+        if run.sparsity.reuse.head_map:
+            self._finish(run, hidden)  # an anchor's blocks are copied, so they must be there
+        sequences = self._of_step(batch, cache)
+        segments = type(sequences.template).from_buffer_copy(sequences.template)
+        attend = partial(
+            self._jobs.attend, layer, segments, block_size=budget.block_size, reduce_max=budget.gqa == "max"
+        )
+        choices: list[Choice | None] = []
+        for segment, (row, _, _) in zip(segments, batch.parts, strict=True):
             segment.keys, segment.values, summaries = cache.addresses(number, row)
-            segment.summary = None
-            if choice.made is None and _covers(budget, number):
-                choice.asked = torch.empty(
-                    self.weights.shape.kv_heads, budget.blocks(cache.lengths[row]), dtype=torch.int64
-                )
-                _ask(segment, choice.asked, budget, summaries["mean"], cache, row)
+            choice = known(run, number, row, cache.lengths[row])
+            if choice is None and _covers(budget, number):
+                choice = self._ask(run, number, segment, summaries["mean"], cache, row)
             choices.append(choice)
-        seconds = native.stage_seconds() if run.trace.clock is not None else None
-        options = {"block_size": budget.block_size, "reduce_max": budget.gqa == "max", "seconds": seconds}
         parts = native.PROJECT | native.MIX
-        if any(choice.made is None and choice.asked is None for choice in choices):
-            for segment in segments:
-                _attend(segment, (None, 0))
-            layer.run(hidden, segments, batch.places, parts=native.PROJECT, **options)
+        if None in choices:
+            attend(parts=native.PROJECT)
+            self._finish(run, hidden)
             parts = native.MIX
             for index, choice in enumerate(choices):
-                if choice.made is None and choice.asked is None:
-                    choice.made = chosen(run, number, batch.parts[index][0], self._view(index, queries, number, batch, cache))
-        for segment, choice in zip(segments, choices, strict=True):
-            if choice.made is not None:
-                choice.kept = _attend(segment, choice.made)
-        layer.run(hidden, segments, batch.places, parts=parts, **options)
-        for (row, part, _), choice in zip(batch.parts, choices, strict=True):
-            start, rows = cache.lengths[row], part.stop - part.start
-            if choice.asked is not None:
-                selection = Selection(choice.asked, None, choice.asked.numel())
-                choice.made = retrieved(run, number, row, start, selection)
-            assert choice.made is not None
-            count_attention(run, number, NATIVE, *choice.made, start + rows, rows)
-        if seconds is not None:
-            run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
+                if choice is None:
+                    view = self._view(sequences, index, number, cache)
+                    choices[index] = chosen(run, number, batch.parts[index][0], view)
+        kept: list[Any] = []
+        for segment, choice, (row, part, _) in zip(segments, choices, batch.parts, strict=True):
+            assert choice is not None
+            kept.append((choice, _attend(segment, choice)))
+            rows = part.stop - part.start
+            count_attention(run, number, NATIVE, *choice, cache.lengths[row] + rows, rows)
+        attend(parts=parts, keep=kept)
         return hidden
 
     def _feed_forward_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch) -> Tensor:
-        layer = self.weights.layers[number]
-        ffn, sparsity = layer.ffn, run.sparsity
-        if (
-            ffn is None
-            or run.probe is not None
-            or sparsity.ffn.applies(number)
-            or sparsity.reuse.skips("ffn", number)
-            or not isinstance(ffn.gate_up, native.PackedLinear)
-            or not isinstance(ffn.down, native.PackedLinear)
-            or not ffn.gate_up.paired
-        ):
+        layer, sparsity = self._feed_forward[number], run.sparsity
+        skipped = sparsity.ffn.applies(number) or sparsity.reuse.skips("ffn", number)
+        if layer is None or skipped or run.probe is not None:
+            self._finish(run, hidden)
             return super()._feed_forward_half(run, number, hidden, batch)
-        seconds = native.stage_seconds() if run.trace.clock is not None else None
-        native.feed_forward(hidden, layer.ffn_norm, self.weights.eps, ffn.gate_up, ffn.down, seconds)
+        self._jobs.feed_forward(layer)
+        ffn = self.weights.layers[number].ffn
+        assert ffn is not None
         run.trace.paths[f"{ffn_op.DENSE}.{NATIVE}"] += 1
         run.trace.ffn(number, width=ffn.width, gates=ffn.width, channels=ffn.width, rows=hidden.shape[0])
-        if seconds is not None:
-            run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
         return hidden
+
+    def _finish(self, run: Verification, hidden: Tensor) -> None:
+        """Run what waits in the queue."""
+        if not len(self._jobs):
+            return
+        if run.trace.clock is None:
+            self._jobs.run(hidden)
+            return
+        run.trace.lap("linear")
+        seconds = native.stage_seconds()
+        self._jobs.run(hidden, seconds)
+        run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.weights.head
@@ -139,53 +166,48 @@ class CompiledStep(Step):
             return super()._logits(hidden)
         return native.linear(head, hidden, self.weights.norm, self.weights.eps)
 
-    def _segments(self, batch: Batch, cache: KVCache) -> tuple[Any, Tensor]:
-        """The step's sequences for the kernels, and room for their queries; made once a step."""
-        if self._batch is not None and self._batch[0] is batch:
-            return self._batch[1], self._batch[2]
+    def _of_step(self, batch: Batch, cache: KVCache) -> _Sequences:
+        """The sequences of the step; made for its first layer."""
+        if self._sequences is not None and self._sequences.batch is batch:
+            return self._sequences
         shape = self.weights.shape
         groups, segments = shape.heads // shape.kv_heads, native.segments(len(batch.parts))
-        rows = [native.padded_rows((part.stop - part.start) * groups) for _, part, _ in batch.parts]
-        queries = torch.empty(sum(rows), shape.kv_heads * shape.head_dim, dtype=self.weights.dtype)
-        first = 0
-        for segment, (row, part, tree), padded in zip(segments, batch.parts, rows, strict=True):
-            segment.first, segment.count, segment.start = part.start, part.stop - part.start, cache.lengths[row]
-            segment.visible = None if tree is None else tree.visible.data_ptr()
-            segment.queries = queries[first].data_ptr()
-            first += padded
-        self._batch = batch, segments, queries
-        return segments, queries
-
-    def _view(self, index: int, queries: Tensor, number: int, batch: Batch, cache: KVCache) -> AttentionView:
-        """What a retrieving layer sees of a sequence, for scores that torch operators compute."""
-        shape = self.weights.shape
-        groups = shape.heads // shape.kv_heads
         counts = [(part.stop - part.start) * groups for _, part, _ in batch.parts]
-        first = sum(native.padded_rows(count) for count in counts[:index])
-        own = queries[first : first + native.padded_rows(counts[index])].view(shape.kv_heads, -1, shape.head_dim)
-        row, part, tree = batch.parts[index]
+        padded = [native.padded_rows(count) for count in counts]
+        queries = torch.empty(sum(padded), shape.kv_heads * shape.head_dim, dtype=self.weights.dtype)
+        found = _Sequences(batch, segments, queries)
+        for segment, (row, part, tree), own, count in zip(
+            segments, batch.parts, torch.split(queries, padded), counts, strict=True
+        ):
+            segment.first, segment.count, segment.start = part.start, part.stop - part.start, cache.lengths[row]
+            segment.positions = batch.places[part].data_ptr()
+            segment.visible = None if tree is None else tree.visible.data_ptr()
+            segment.queries = own.data_ptr()
+            found.views.append(own.view(shape.kv_heads, -1, shape.head_dim)[:, :count])
+        self._sequences = found
+        return found
+
+    def _ask(self, run: Verification, number: int, segment: Any, summary: int, cache: KVCache, row: int) -> Choice:
+        """Have the kernel choose the blocks; until it has run, the tensor of the choice holds nothing."""
+        budget, start = run.sparsity.attention, cache.lengths[row]
+        blocks = torch.empty(self.weights.shape.kv_heads, budget.blocks(start), dtype=torch.int64)
+        segment.summary, segment.summary_stride = summary, cache.capacity // cache.block_size
+        segment.whole, segment.sinks, segment.window = start // budget.block_size, budget.sinks, budget.window
+        return retrieved(run, number, row, start, Selection(blocks, None, blocks.numel()))
+
+    def _view(self, sequences: _Sequences, index: int, number: int, cache: KVCache) -> AttentionView:
+        """What a retrieving layer sees of a sequence, for scores that torch operators compute."""
+        shape, (row, part, tree) = self.weights.shape, sequences.batch.parts[index]
         start = cache.lengths[row]
         return AttentionView(
-            own[:, : counts[index]],
+            sequences.views[index],
             *cache.layer(number, row),
             start,
             start + part.stop - part.start,
-            groups,
+            shape.heads // shape.kv_heads,
             cache.summaries(number, row) if start else {},
             tree,
         )
-
-
-@dataclass(slots=True)
-class _Chosen:
-    """One sequence's choice in a layer: made already, or asked of the kernel, which fills ``asked``.
-
-    ``kept`` holds the numbers of blocks that count while the kernel reads them.
-    """
-
-    made: Choice | None
-    asked: Tensor | None = None
-    kept: Tensor | None = None
 
 
 def _covers(budget: AttentionBudget, layer: int) -> bool:
@@ -194,23 +216,12 @@ def _covers(budget: AttentionBudget, layer: int) -> bool:
     return plain and not budget.low(layer)
 
 
-def _ask(segment: Any, blocks: Tensor, budget: AttentionBudget, summary: int, cache: KVCache, row: int) -> None:
-    """Have the kernel choose ``blocks`` [kv_heads, k] and attend to them."""
-    start = cache.lengths[row]
-    segment.blocks, segment.kept, segment.chosen = blocks.data_ptr(), None, blocks.shape[1]
-    segment.summary, segment.summary_stride = summary, cache.capacity // cache.block_size
-    segment.whole = start // budget.block_size
-    segment.sinks, segment.window = budget.sinks, budget.window
-    segment.tail = segment.whole * budget.block_size
-
-
 def _attend(segment: Any, choice: Choice) -> Tensor | None:
     """Have the kernel attend to a choice; what is returned must live until it has."""
     selection, segment.tail = choice
     if selection is None:
-        segment.blocks = None
         return None
-    segment.blocks, segment.chosen = selection.blocks.data_ptr(), selection.blocks.shape[1]
-    kept = None if selection.valid is None else selection.valid.sum(1)
+    blocks, kept = selection.blocks, None if selection.valid is None else selection.valid.sum(1)
+    segment.blocks, segment.chosen = blocks.data_ptr(), blocks.shape[1]
     segment.kept = None if kept is None else kept.data_ptr()
     return kept

@@ -191,12 +191,14 @@ def _fused_experts(module: Any, layout: Layout, normalise: bool) -> MoeWeights:
     """Routed experts that the library keeps as ``gate_up_proj`` [experts, 2 * width, hidden], gate first, and
     ``down_proj`` [experts, hidden, width]."""
     experts = module.experts
+    both = (experts.gate_up_proj.detach(), experts.down_proj.detach())
     return MoeWeights(
         router=make_linear(module.gate.weight, packed=layout.packed),
-        experts=tuple(layout.ffn(*both) for both in zip(experts.gate_up_proj, experts.down_proj, strict=True)),
+        experts=tuple(layout.ffn(*own) for own in zip(*both, strict=True)),
         shared=None,
         top_k=int(module.gate.top_k),
         normalise=normalise,
+        stacked=None if both[0].is_cpu else both,
     )
 
 

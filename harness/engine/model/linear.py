@@ -54,9 +54,7 @@ def plain(weight: Tensor, bias: Tensor | None) -> LinearMap:
     return plain_linear
 
 
-def make_linear(
-    weight: Tensor, bias: Tensor | None = None, *, packed: bool = False, paired: bool = False
-) -> LinearMap:
+def make_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = False, paired: bool = False) -> LinearMap:
     """A linear map that no longer refers to the module it came from.
 
     Args:

@@ -131,20 +131,20 @@ class Step:
         tapped = []
         for number in range(len(self.weights.layers)):
             if number in self.taps and run.tapped:
+                self._finish(run, hidden)
                 tapped.append(hidden.clone())
             if number in run.left_out:
                 continue
             hidden = self._attention_half(run, number, hidden, batch, cache)
             hidden = self._feed_forward_half(run, number, hidden, batch)
+        self._finish(run, hidden)
         for row, count in zip(rows, counts, strict=True):
             cache.advance(row, count)
         logits = self._logits(hidden if last is None else hidden[-last:])
         run.trace.lap("head")
         return Output(logits, torch.cat(tapped, dim=-1) if tapped else None)
 
-    def _attention_half(
-        self, run: Verification, number: int, hidden: Tensor, batch: Batch, cache: KVCache
-    ) -> Tensor:
+    def _attention_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [tokens, hidden] after the attention of a layer; the old ones may be overwritten."""
         layer = self.weights.layers[number]
         queries, keys, values = self._project(layer, hidden, batch.cos, batch.sin)
@@ -168,6 +168,9 @@ class Step:
         parts = [(batch.parts[0][0], slice(None), None)] if run.sparsity.shares_nothing else batch.parts
         outputs = [feed_forward(run, number, layer, normed[part], run.memory(row), tree) for row, part, tree in parts]
         return hidden + _joined(outputs)
+
+    def _finish(self, run: Verification, hidden: Tensor) -> None:
+        """Have everything asked of ``hidden`` so far done; here nothing waits."""
 
     def verify(
         self, tokens: Tensor, cache: KVCache, run: Verification | None = None, rows: list[int] | None = None
@@ -212,7 +215,9 @@ class Step:
             taps = []
             for number, layer in enumerate(self.weights.layers):
                 if number in self.taps:
+                    self._finish(run, hidden)
                     taps.append(hidden.clone())
+                self._finish(run, hidden)
                 queries, keys, values = self._project(layer, hidden, batch.cos, batch.sin)
                 cache.write(number, row, start, keys, values)
                 all_keys, all_values = cache.prefix(number, row, start + part.shape[0])
@@ -226,6 +231,7 @@ class Step:
                 )
                 hidden = hidden + layer.output(mixed[0].transpose(0, 1).reshape(part.shape[0], -1))
                 hidden = self._feed_forward_half(run, number, hidden, batch)
+            self._finish(run, hidden)
             cache.advance(row, part.shape[0])
             if taps:
                 tapped.append(torch.cat(taps, dim=-1))

@@ -1,18 +1,21 @@
-// Halves of a decoder layer for the few rows of a step, in one call each: attention and feed-forward (METHOD sections 1
-// and 2). Weights are packed; all threads go through the stages together.
+// Halves of decoder layers for the few rows of a step, as many in one call as follow each other: attention and
+// feed-forward (METHOD sections 1 and 2). Weights are packed; all threads go through the stages together.
+
+#include <optional>
 
 #include "stages.h"
 
 namespace decoder_layer {
 namespace {
 
-constexpr int64_t kScored = 64;  // blocks scored at once
+
 
 // The attention half in the order of its stages.
 template <typename B>
 struct AttentionHalf {
   using Scalar = typename B::Scalar;
   const Attention& a;
+  const Job& job;
   const Segment* segments;
   const int64_t number, tokens;
   Scalar* hidden;
@@ -20,11 +23,11 @@ struct AttentionHalf {
   const int64_t scratch_size;
   Scalar *normed, *mixed;
   float *projected, *scratch, *tops, *sums, *parts, *scores;
-  std::vector<int64_t> owner, first_piece, first_part, first_score;
+  std::vector<int64_t> owner, first_part, first_score, strips_before{0};
   std::vector<Piece> pieces;
 
-  AttentionHalf(const Attention& attention, const Segment* all, int64_t count, int64_t rows, void* states)
-      : a(attention), segments(all), number(count), tokens(rows), hidden(static_cast<Scalar*>(states)),
+  AttentionHalf(const Job& todo, int64_t rows, void* states)
+      : a(*todo.attention), job(todo), segments(todo.segments), number(todo.number), tokens(rows), hidden(static_cast<Scalar*>(states)),
         stride(padded(a.hidden, kStep)), width(padded(a.heads * a.head_dim, kStep)),
         scratch_size(std::max<int64_t>({2 * stride, 4 * a.head_dim, padded(B::scratch(a.head_dim), 64)})) {
     Arena& arena = Arena::fresh();
@@ -36,13 +39,15 @@ struct AttentionHalf {
     const int64_t groups = a.heads / a.kv_heads;
     for (int64_t s = 0; s < number; s++) {
       owner.insert(owner.end(), segments[s].count, s);
-      const Strips<Scalar> strips(segments[s], a);
+      const Strips<Scalar> strips(segments[s], a, job.block_size);
       first_score.push_back(score);
       if (segments[s].summary) score += a.kv_heads * 2 * segments[s].whole;
       for (int64_t head = 0; head < a.kv_heads; head++) {
-        first_piece.push_back(static_cast<int64_t>(pieces.size()));
         first_part.push_back(part);
-        for (int64_t chunk = 0; chunk < strips.chunks(head); chunk++) pieces.push_back({s, head, chunk});
+        for (int64_t chunk = 0; chunk < strips.chunks(head); chunk++) {
+          pieces.push_back({s, head, chunk});
+          strips_before.push_back(strips_before.back() + std::min(kChunk, strips.number(head) - chunk * kChunk));
+        }
         part += strips.chunks(head) * segments[s].count * groups;
       }
     }
@@ -60,7 +65,7 @@ struct AttentionHalf {
     B::begin(tokens);
     B::multiply(m, share(m.groups, thread, team), normed, stride, tokens,
                 [&](int64_t row, int64_t group, const float* low, const float* high) {
-                  both_columns(m, group, low, high, [&](int64_t column, int64_t count, float* values) {
+                  both_columns(m, group, low, high, [&](int64_t column, auto count, float* values) {
                     std::copy_n(values, count, projected + row * m.outputs + column);
                   });
                 });
@@ -78,7 +83,7 @@ struct AttentionHalf {
       for (int64_t head = 0; head < a.kv_heads; head++)
         for (int64_t from = 0; from < segment.whole; from += kScored)
           if (piece++ % team.size == thread)
-            score_blocks<B>(a, segment, head, {from, std::min(from + kScored, segment.whole)}, scores_of(s, head));
+            score_blocks<B>(a, segment, job.reduce_max, head, {from, std::min(from + kScored, segment.whole)}, scores_of(s, head));
     }
     team.wait();
     for (int64_t s = 0, piece = 0; s < number; s++) {
@@ -93,21 +98,27 @@ struct AttentionHalf {
 
   void attend(int thread, Team& team) {
     const int64_t groups = a.heads / a.kv_heads;
-    int64_t shaped = 0;
-    for (int64_t next = team.next(); next < static_cast<int64_t>(pieces.size()); next = team.next()) {
+    const int64_t all = strips_before.back();
+    const auto bound = [&](int64_t part) {
+      const auto from = std::lower_bound(strips_before.begin(), strips_before.end(), all * part / team.size);
+      return from - strips_before.begin();
+    };
+    Strip two[2][kChunk];
+    int64_t shaped = 0, count = 0, coming = 0;
+    const int64_t end = bound(thread + 1);
+    for (int64_t next = bound(thread); next < end; next++) {
       const Piece& piece = pieces[next];
       const Segment& segment = segments[piece.segment];
       const int64_t rows = segment.count * groups, index = piece.segment * a.kv_heads + piece.head;
       if (shaped != rows) B::begin(rows);
+      Strip *own = two[next % 2], *following = two[1 - next % 2];
+      count = shaped ? coming : fill(piece, own);
+      coming = next + 1 < end ? fill(pieces[next + 1], following) : 0;
       shaped = rows;
-      const Strips<Scalar> strips(segment, a);
-      Strip own[kChunk];
-      const int64_t from = piece.chunk * kChunk, count = std::min(kChunk, strips.number(piece.head) - from);
-      for (int64_t i = 0; i < count; i++) own[i] = strips.at(piece.head, from + i);
       const int64_t part = first_part[index] + piece.chunk * rows;
       const auto* queries = static_cast<const Scalar*>(segment.queries) + piece.head * padded(rows, kTileRows) * a.head_dim;
-      B::attend(own, count, queries, rows, a.head_dim, a.page, Sight{&segment, groups}, scratch + thread * scratch_size,
-                tops + part, sums + part, parts + part * a.head_dim);
+      B::attend(own, count, queries, rows, a.head_dim, Sight{&segment, groups}, following, coming,
+                scratch + thread * scratch_size, tops + part, sums + part, parts + part * a.head_dim);
     }
     if (shaped) B::end();
     team.wait();
@@ -117,7 +128,7 @@ struct AttentionHalf {
       const Segment& segment = segments[owner[token]];
       const int64_t rows = segment.count * groups, index = owner[token] * a.kv_heads + head / groups;
       const int64_t part = first_part[index], row = (token - segment.first) * groups + head % groups;
-      const int64_t chunks = Strips<Scalar>(segment, a).chunks(head / groups);
+      const int64_t chunks = Strips<Scalar>(segment, a, job.block_size).chunks(head / groups);
       merge<B>(tops + part, sums + part, parts + part * a.head_dim, chunks, rows, row, a.head_dim,
                mixed + token * width + head * a.head_dim);
     }
@@ -136,62 +147,103 @@ struct AttentionHalf {
   }
 
  private:
+  int64_t fill(const Piece& piece, Strip* out) const {
+    return Strips<Scalar>(segments[piece.segment], a, job.block_size).fill(piece.head, piece.chunk, out);
+  }
+
   float* scores_of(int64_t s, int64_t head) { return scores + first_score[s] + head * 2 * segments[s].whole; }
 };
 
 enum Part { kProject = 1, kMix = 2 };
 
 template <typename B>
-void attention_half(const Attention& a, const Segment* segments, int64_t number, int64_t tokens, void* hidden, int parts,
-                    double* seconds) {
-  AttentionHalf<B> half(a, segments, number, tokens, hidden);
-  Laps laps(seconds);
-  together([&](int thread, Team& team) {
-    const auto lap = [&](Stage stage) {
-      if (thread == 0) laps.lap(stage);
-    };
-    if (parts & kProject) half.project(thread, team);
-    lap(kLinear);
-    if (!(parts & kMix)) return;
-    if (half.selects()) half.select(thread, team);
-    lap(kSelect);
-    half.attend(thread, team);
-    lap(kAttend);
-    half.output(thread, team);
-    lap(kLinear);
-  });
+void attention_half(AttentionHalf<B>& half, int parts, Laps& laps, int thread, Team& team) {
+  const auto lap = [&](Stage stage) {
+    if (thread == 0) laps.lap(stage);
+  };
+  if (parts & kProject) half.project(thread, team);
+  lap(kLinear);
+  if (!(parts & kMix)) return;
+  if (half.selects()) half.select(thread, team);
+  lap(kSelect);
+  half.attend(thread, team);
+  lap(kAttend);
+  half.output(thread, team);
+  lap(kLinear);
 }
 
+// The feed-forward half in the order of its stages.
 template <typename B>
-void feed_forward_half(const Matrix& gate_up, const Matrix& down, const void* norm, float eps, int64_t tokens,
-                       void* states, double* seconds) {
+struct FeedForwardHalf {
   using Scalar = typename B::Scalar;
-  auto* hidden = static_cast<Scalar*>(states);
-  const int64_t stride = padded(gate_up.inputs, kStep), width = padded(down.inputs, kStep);
-  Arena& arena = Arena::fresh();
-  Scalar *normed = panel_of<B>(arena, tokens, stride), *gated = panel_of<B>(arena, tokens, width);
-  float* scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
-  Laps laps(seconds);
-  together([&](int thread, Team& team) {
-    prepare<B>(hidden, norm, eps, gate_up.inputs, share(tokens, thread, team), normed, stride, scratch + thread * 2 * stride);
+  const FeedForward& f;
+  const int64_t tokens, stride, width;
+  Scalar *hidden, *normed, *gated;
+  float* scratch;
+
+  FeedForwardHalf(const FeedForward& layer, int64_t rows, void* states)
+      : f(layer), tokens(rows), stride(padded(f.gate_up->inputs, kStep)), width(padded(f.down->inputs, kStep)),
+        hidden(static_cast<Scalar*>(states)) {
+    Arena& arena = Arena::fresh();
+    normed = panel_of<B>(arena, tokens, stride);
+    gated = panel_of<B>(arena, tokens, width);
+    for (int64_t row = 0; row < tokens; row++) std::fill(gated + row * width + f.down->inputs, gated + (row + 1) * width, Scalar{});
+    scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
+  }
+
+  void run(int thread, Team& team) {
+    float* own = scratch + thread * 2 * stride;
+    prepare<B>(hidden, f.norm, f.eps, f.gate_up->inputs, share(tokens, thread, team), normed, stride, own);
     team.wait();
+    const Matrix& m = *f.gate_up;
     B::begin(tokens);
-    B::multiply(gate_up, share(gate_up.groups, thread, team), normed, stride, tokens,
+    B::multiply(m, share(m.groups, thread, team), normed, stride, tokens,
                 [&](int64_t row, int64_t group, const float* low, const float* high) {
-                  float gates[16], ups[16], values[16];
+                  alignas(64) float gates[16], ups[16];
                   for (int64_t i = 0; i < 16; i++) {
-                    gates[i] = low[i] + (gate_up.bias ? gate_up.bias[group * 16 + i] : 0.0f);
-                    ups[i] = high[i] + (gate_up.bias ? gate_up.bias[gate_up.pair + group * 16 + i] : 0.0f);
+                    gates[i] = low[i] + (m.bias ? m.bias[group * 16 + i] : 0.0f);
+                    ups[i] = high[i] + (m.bias ? m.bias[m.pair + group * 16 + i] : 0.0f);
                   }
-                  B::gate(gates, ups, values);
-                  B::narrow(values, 16, gated + row * width + group * 16);
+                  B::gate(gates, ups, gates);
+                  B::narrow(gates, std::integral_constant<int64_t, 16>{}, gated + row * width + group * 16);
                 });
     team.wait();
-    add_product<B>(down, share(down.groups, thread, team), gated, width, tokens, hidden);
+    add_product<B>(*f.down, share(f.down->groups, thread, team), gated, width, tokens, hidden);
     B::end();
     team.wait();
-    if (thread == 0) laps.lap(kFeedForward);
+  }
+};
+
+// All jobs one after the other; the threads stay together.
+template <typename B>
+void run_jobs(const Job* jobs, int64_t number, int64_t tokens, void* hidden, double* seconds) {
+  Laps laps(seconds);
+  std::optional<AttentionHalf<B>> attention;
+  std::optional<FeedForwardHalf<B>> feed_forward;
+  std::atomic<bool> failed{false};
+  together([&](int thread, Team& team) {
+    for (const Job* job = jobs; job < jobs + number; job++) {
+      if (thread == 0) {
+        try {
+          if (job->attention)
+            attention.emplace(*job, tokens, hidden);
+          else
+            feed_forward.emplace(*job->feed_forward, tokens, hidden);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
+      }
+      team.wait();
+      if (failed) return;
+      if (job->attention) {
+        attention_half(*attention, job->parts, laps, thread, team);
+      } else {
+        feed_forward->run(thread, team);
+        if (thread == 0) laps.lap(kFeedForward);
+      }
+    }
   });
+  if (failed) throw std::bad_alloc();
 }
 
 template <typename B>
@@ -208,7 +260,7 @@ void linear(const Matrix& m, const void* norm, float eps, const void* rows, int6
     B::begin(tokens);
     B::multiply(m, share(m.groups, thread, team), panel, stride, tokens,
                 [&](int64_t row, int64_t group, const float* low, const float* high) {
-                  both_columns(m, group, low, high, [&](int64_t column, int64_t count, float* values) {
+                  both_columns(m, group, low, high, [&](int64_t column, auto count, float* values) {
                     B::narrow(values, count, static_cast<Scalar*>(out) + row * m.outputs + column);
                   });
                 });
@@ -243,21 +295,12 @@ int with_kernels(int format, Call&& call) {
 
 using namespace decoder_layer;
 
-// hidden [tokens, hidden] becomes hidden + output(attention(norm(hidden))). parts: 1 projects and stores keys and values
-// and leaves the queries in the segments, 2 attends from there on, 3 does both.
-extern "C" int decoder_layer_attention(int format, const Attention* layer, const Segment* segments, int64_t number,
-                                       int64_t tokens, void* hidden, int parts, double* seconds) {
-  return with_kernels(format, [&](auto kernels) {
-    attention_half<decltype(kernels)>(*layer, segments, number, tokens, hidden, parts, seconds);
-  });
-}
-
-// hidden becomes hidden + down(silu(gate(x)) * up(x)), x = norm(hidden); gate_up pairs each channel's gate with its up.
-extern "C" int decoder_layer_feed_forward(int format, const Matrix* gate_up, const Matrix* down, const void* norm,
-                                          float eps, int64_t tokens, void* hidden, double* seconds) {
-  return with_kernels(format, [&](auto kernels) {
-    feed_forward_half<decltype(kernels)>(*gate_up, *down, norm, eps, tokens, hidden, seconds);
-  });
+// Each job in turn changes hidden [tokens, hidden]: attention to hidden + output(attention(norm(hidden))), feed-forward
+// to hidden + down(silu(gate(x)) * up(x)) with x = norm(hidden).
+extern "C" int decoder_layer_run(int format, const Job* jobs, int64_t number, int64_t tokens, void* hidden,
+                                 double* seconds) {
+  return with_kernels(
+      format, [&](auto kernels) { run_jobs<decltype(kernels)>(jobs, number, tokens, hidden, seconds); });
 }
 
 // out [tokens, outputs] = rows [tokens, inputs] * weights, the rows normed first unless norm is null.

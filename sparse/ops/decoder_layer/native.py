@@ -1,8 +1,9 @@
 """Halves of a decoder layer for the few rows of a step as CPU kernels (METHOD sections 1 and 2).
 
-One call runs norm, projections, rotation, storing, choice of blocks, attention and output map, or norm and feed-forward
-network, with no operator dispatched in between. Weights are packed in the order in which they are read. What a row gets
-does not depend on the rows beside it: steps of different lengths agree bit by bit.
+One call runs the halves of as many layers as follow each other: norm, projections, rotation, storing, choice of
+blocks, attention and output map; norm and feed-forward network; with no operator dispatched in between. Weights are
+packed in the order in which they are read. What a row gets does not depend on the rows beside it: steps of different
+lengths agree bit by bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sparse.ops.native import build
 
 _SOURCES = ("native.cpp", "stages.h", "tiled.h", "portable.h", "team.h", "types.h")
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+PAGE = 256
+"""Positions per page of the caches that the kernels read."""
 TILE_ROWS = 16
 """Rows are multiplied sixteen at a time; a head's queries are padded to a multiple."""
 PROJECT, MIX = 1, 2
@@ -44,7 +47,7 @@ _Matrix = _structure(
 Segment: Any = _structure(
     "Segment",
     **dict.fromkeys(("first", "count", "start"), _SIZE),
-    **dict.fromkeys(("keys", "values", "visible", "blocks", "kept"), _POINTER),
+    **dict.fromkeys(("positions", "keys", "values", "visible", "blocks", "kept"), _POINTER),
     **dict.fromkeys(("chosen", "tail"), _SIZE),
     summary=_POINTER,
     **dict.fromkeys(("summary_stride", "whole", "sinks", "window"), _SIZE),
@@ -53,10 +56,16 @@ Segment: Any = _structure(
 """The tokens of one sequence in a step; the fields are explained in types.h."""
 _Attention: Any = _structure(
     "Attention",
-    **dict.fromkeys(("norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin", "positions"), _POINTER),
-    **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim", "page", "block_size", "reduce_max"), _SIZE),
+    **dict.fromkeys(("norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin"), _POINTER),
+    **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim"), _SIZE),
     eps=_FLOAT,
     scale=_FLOAT,
+)
+_FeedForward: Any = _structure("FeedForward", **dict.fromkeys(("norm", "gate_up", "down"), _POINTER), eps=_FLOAT)
+_Job: Any = _structure(
+    "Job",
+    **dict.fromkeys(("attention", "feed_forward", "segments"), _POINTER),
+    **dict.fromkeys(("number", "parts", "block_size", "reduce_max"), _SIZE),
 )
 
 
@@ -128,15 +137,18 @@ def linear(packed: PackedLinear, rows: Tensor, norm: Tensor | None = None, eps: 
 
 
 class AttentionLayer:
-    """What never changes of a layer's attention half.
+    """What never changes of a layer's attention half: hidden += output(attention(norm(hidden))).
 
     Args:
         norm: RMSNorm weight [hidden].
         qkv, output: projections; query heads first, then key heads, then value heads.
         query_norm, key_norm: RMSNorm weights of each head [head_dim], or None.
         cos, sin: rotary tables [positions, 1, head_dim]; ``sin`` carries the sign of the rotated half.
-        heads, kv_heads, page: query heads, KV heads, positions per page of the cache.
+        heads, kv_heads: query heads and KV heads.
         eps, scale: of the norms, and of the queries.
+
+    Attributes:
+        address: of the structure that the kernels take.
     """
 
     def __init__(
@@ -151,107 +163,99 @@ class AttentionLayer:
         *,
         heads: int,
         kv_heads: int,
-        page: int,
         eps: float,
         scale: float,
     ) -> None:
         self._kept = (norm, qkv, output, query_norm, key_norm, cos, sin)
-        self.dtype = norm.dtype
-        self._layer = _Attention(
-            norm=norm.data_ptr(),
-            qkv=qkv.address,
-            output=output.address,
-            query_norm=None if query_norm is None else query_norm.data_ptr(),
-            key_norm=None if key_norm is None else key_norm.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            hidden=norm.shape[0],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=cos.shape[-1],
-            page=page,
-            eps=eps,
-            scale=scale,
-        )
-        self._address = ctypes.addressof(self._layer)
+        norms = (None if one is None else one.data_ptr() for one in (query_norm, key_norm))
+        pointers = (norm.data_ptr(), qkv.address, output.address, *norms, cos.data_ptr(), sin.data_ptr())
+        self._layer = _Attention(*pointers, norm.shape[0], heads, kv_heads, cos.shape[-1], eps, scale)
+        self.address = ctypes.addressof(self._layer)
 
-    def run(
+
+class FeedForwardLayer:
+    """A layer's feed-forward half: hidden += down(silu(gate(x)) * up(x)) with x = norm(hidden).
+
+    Args:
+        norm: RMSNorm weight [hidden].
+        gate_up: paired, gate first.
+        down: [width] to [hidden].
+        eps: of the norm.
+
+    Attributes:
+        address: of the structure that the kernels take.
+
+    Raises:
+        ValueError: ``gate_up`` is not paired.
+    """
+
+    def __init__(self, norm: Tensor, gate_up: PackedLinear, down: PackedLinear, eps: float) -> None:
+        if not gate_up.paired:
+            raise ValueError("the gate and up projections are not packed as a pair")
+        self._kept = (norm, gate_up, down)
+        self._layer = _FeedForward(norm.data_ptr(), gate_up.address, down.address, eps)
+        self.address = ctypes.addressof(self._layer)
+
+
+class Jobs:
+    """Halves of layers waiting to be run together, so that nothing is dispatched in between."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Any] = []
+        self._kept: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def attend(
         self,
-        hidden: Tensor,
+        layer: AttentionLayer,
         segments: Any,
-        positions: Tensor,
         *,
         block_size: int,
         reduce_max: bool = False,
         parts: int = PROJECT | MIX,
-        seconds: Any = None,
+        keep: Sequence[Any] = (),
     ) -> None:
-        """hidden += output(attention(norm(hidden))), in place; keys and values enter the cache.
+        """Add an attention half; keys and values enter the cache.
 
         Args:
-            hidden: [tokens, hidden].
+            layer: whose.
             segments: array of :data:`Segment`, one per sequence, which own the tokens in order.
-            positions: [tokens], int64.
             block_size: positions per block, where segments attend to chosen blocks.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
             parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
-            seconds: array of doubles, one per stage, to add to; or None.
+            keep: what the segments point at and must live until the jobs have run.
+        """
+        self._jobs.append(
+            (layer.address, None, ctypes.addressof(segments), len(segments), parts, block_size, reduce_max)
+        )
+        self._kept.append((segments, keep))
+
+    def feed_forward(self, layer: FeedForwardLayer) -> None:
+        """Add a feed-forward half."""
+        self._jobs.append((None, layer.address, None, 0, 0, 0, 0))
+
+    def run(self, hidden: Tensor, seconds: Any = None) -> None:
+        """Run all of them in their order, and forget them.
+
+        Args:
+            hidden: [tokens, hidden], contiguous, changed in place.
+            seconds: array of doubles from :func:`stage_seconds` to add to; or None.
 
         Raises:
             MemoryError: no memory for the working set.
         """
-        layer = self._layer
-        layer.positions = positions.data_ptr()
-        layer.block_size, layer.reduce_max = block_size, reduce_max
-        _check(
-            _kernels().decoder_layer_attention(
-                _FORMATS[self.dtype],
-                self._address,
-                segments,
-                len(segments),
-                hidden.shape[0],
-                hidden.data_ptr(),
-                parts,
-                seconds,
-            )
-        )
+        jobs = (_Job * len(self._jobs))(*self._jobs)
+        kernels, pointer = _kernels(), hidden.data_ptr()
+        _check(kernels.decoder_layer_run(_FORMATS[hidden.dtype], jobs, len(jobs), hidden.shape[0], pointer, seconds))
+        self._jobs.clear()
+        self._kept.clear()
 
 
-def feed_forward(
-    hidden: Tensor, norm: Tensor, eps: float, gate_up: PackedLinear, down: PackedLinear, seconds: Any = None
-) -> None:
-    """hidden += down(silu(gate(x)) * up(x)) with x = norm(hidden), in place.
-
-    Args:
-        hidden: [tokens, hidden], contiguous.
-        norm, eps: of the RMSNorm, [hidden].
-        gate_up: paired, gate first.
-        down: [width] to [hidden].
-        seconds: as in :meth:`AttentionLayer.run`.
-
-    Raises:
-        ValueError: ``gate_up`` is not paired.
-        MemoryError: no memory for the working set.
-    """
-    if not gate_up.paired:
-        raise ValueError("the gate and up projections are not packed as a pair")
-    _check(
-        _kernels().decoder_layer_feed_forward(
-            _FORMATS[hidden.dtype],
-            gate_up.address,
-            down.address,
-            norm.data_ptr(),
-            eps,
-            hidden.shape[0],
-            hidden.data_ptr(),
-            seconds,
-        )
-    )
-
-
-def fits(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the attention kernel handles heads of this size."""
-    return head_dim <= 512 and head_dim % (32 if dtype == torch.bfloat16 else 2) == 0
+def fits(head_dim: int, dtype: torch.dtype, page: int) -> bool:
+    """Whether the attention kernel handles heads of this size and pages of ``page`` positions."""
+    return page == PAGE and head_dim <= 512 and head_dim % (32 if dtype == torch.bfloat16 else 2) == 0
 
 
 def padded_rows(rows: int) -> int:
@@ -295,29 +299,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         kernels = build.open_library("decoder_layer", Path(__file__).parent, _SOURCES)
-        kernels.decoder_layer_attention.argtypes = [
-            ctypes.c_int,
-            *[_POINTER] * 2,
-            *[_SIZE] * 2,
-            _POINTER,
-            ctypes.c_int,
-            _POINTER,
-        ]
-        kernels.decoder_layer_feed_forward.argtypes = [
-            ctypes.c_int,
-            *[_POINTER] * 3,
-            _FLOAT,
-            _SIZE,
-            *[_POINTER] * 2,
-        ]
-        kernels.decoder_layer_linear.argtypes = [
-            ctypes.c_int,
-            *[_POINTER] * 2,
-            _FLOAT,
-            _POINTER,
-            _SIZE,
-            _POINTER,
-        ]
+        kernels.decoder_layer_run.argtypes = [ctypes.c_int, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER]
+        kernels.decoder_layer_linear.argtypes = [ctypes.c_int, _POINTER, _POINTER, _FLOAT, _POINTER, _SIZE, _POINTER]
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         _log.warning("the kernels for decoder layers are unavailable, torch runs instead: %s", build.reason(error))
         return None

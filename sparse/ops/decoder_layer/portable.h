@@ -38,6 +38,37 @@ struct Sight {
   }
 };
 
+// Strips in the order of their memory, to be fetched a few lines at a time while others are computed.
+class Fetcher {
+ public:
+  Fetcher(const Strip* strips, int64_t number, int64_t head_dim, int64_t size, int64_t steps)
+      : strips_(strips), number_(number), width_(head_dim * size), key_lines_(head_dim),
+        value_lines_(kStrip * head_dim * size / 64), portion_(std::min<int64_t>(8, number * (key_lines_ + value_lines_) / std::max<int64_t>(steps, 1))) {}
+
+  // One of `steps` portions.
+  void step() {
+    for (int64_t left = portion_; left > 0 && strip_ < number_; left--) {
+      const Strip& strip = strips_[strip_];
+      if (line_ == 0 && follows()) line_ = key_lines_;
+      const bool key = line_ < key_lines_;
+      const auto* from = static_cast<const char*>(key ? strip.keys : strip.values);
+      __builtin_prefetch(from + (key ? line_ * kPage * (width_ / key_lines_) : (line_ - key_lines_) * 64), 0, 2);
+      if (++line_ == key_lines_ + value_lines_) line_ = 0, strip_++;
+    }
+  }
+
+ private:
+  // Whether the keys lie in the lines of the strip before.
+  bool follows() const {
+    if (strip_ % 2 == 0) return false;
+    const auto* before = static_cast<const char*>(strips_[strip_ - 1].keys);
+    return static_cast<const char*>(strips_[strip_].keys) == before + kStrip * width_ / key_lines_;
+  }
+
+  const Strip* strips_;
+  int64_t number_, width_, key_lines_, value_lines_, portion_, strip_ = 0, line_ = 0;
+};
+
 struct Portable {
   using Scalar = float;
   static void begin(int64_t /* rows */) {}
@@ -57,7 +88,7 @@ struct Portable {
   // Attention of rows [count, head_dim] to the strips: row by row the maximum of the scores, the sum of their
   // exponentials from there, and the values weighted by these.
   static void attend(const Strip* strips, int64_t number, const float* queries, int64_t count, int64_t head_dim,
-                     int64_t page, const Sight& sight, float* scratch, float* top, float* sum, float* out) {
+                     const Sight& sight, const Strip*, int64_t, float* scratch, float* top, float* sum, float* out) {
     for (int64_t row = 0; row < count; row++) {
       const float* query = queries + row * head_dim;
       float* mixed = out + row * head_dim;
@@ -67,7 +98,7 @@ struct Portable {
         float scores[kStrip] = {};
         const auto* keys = static_cast<const float*>(strips[s].keys);
         for (int64_t d = 0; d < head_dim; d++)
-          for (int64_t i = 0; i < kStrip; i++) scores[i] += query[d] * keys[d * page + i];
+          for (int64_t i = 0; i < kStrip; i++) scores[i] += query[d] * keys[d * kPage + i];
         const uint32_t seen = sight.bits(strips[s], row);
         for (int64_t i = 0; i < kStrip; i++) {
           scratch[s * kStrip + i] = seen >> i & 1 ? scores[i] : kNothing;

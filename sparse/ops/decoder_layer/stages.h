@@ -5,6 +5,8 @@
 
 namespace decoder_layer {
 
+constexpr int64_t kScored = 256;  // blocks scored at once
+
 enum Stage { kLinear, kSelect, kAttend, kFeedForward };
 
 // Rows of a tensor as a panel: normed unless norm is null, in rows of `stride` values, the rest zero.
@@ -43,14 +45,19 @@ typename B::Scalar* panel_of(Arena& arena, int64_t tokens, int64_t stride) {
   return panel;
 }
 
-// One half of a group's outputs plus bias: columns from `column`, as many as there are.
+// One half of a group's outputs plus bias: columns from `column`, as many as there are. Whole halves, nearly all, have
+// their number in its type.
 template <typename Take>
 void columns_of(const Matrix& m, int64_t column, const float* sums, Take&& take) {
-  const int64_t count = std::min<int64_t>(16, m.outputs - column);
-  if (count <= 0) return;
-  float values[16];
-  for (int64_t i = 0; i < count; i++) values[i] = sums[i] + (m.bias ? m.bias[column + i] : 0.0f);
-  take(column, count, values);
+  alignas(64) float values[16];
+  const int64_t count = m.outputs - column;
+  if (count >= 16) {
+    for (int64_t i = 0; i < 16; i++) values[i] = sums[i] + (m.bias ? m.bias[column + i] : 0.0f);
+    take(column, std::integral_constant<int64_t, 16>{}, values);
+  } else if (count > 0) {
+    for (int64_t i = 0; i < count; i++) values[i] = sums[i] + (m.bias ? m.bias[column + i] : 0.0f);
+    take(column, count, values);
+  }
 }
 
 template <typename Take>
@@ -64,7 +71,7 @@ template <typename B>
 void add_product(const Matrix& m, Range groups, const typename B::Scalar* panel, int64_t stride, int64_t tokens,
                  typename B::Scalar* out) {
   B::multiply(m, groups, panel, stride, tokens, [&](int64_t row, int64_t group, const float* low, const float* high) {
-    both_columns(m, group, low, high, [&](int64_t column, int64_t count, float* values) {
+    both_columns(m, group, low, high, [&](int64_t column, auto count, float* values) {
       typename B::Scalar* to = out + row * m.outputs + column;
       float old[16];
       B::widen(to, count, old);
@@ -84,14 +91,21 @@ template <typename Scalar>
 struct Strips {
   const Segment& segment;
   const Attention& layer;
-  int64_t length;
+  int64_t length, per_block;
 
-  Strips(const Segment& s, const Attention& l) : segment(s), layer(l), length(s.start + s.count) {}
+  Strips(const Segment& s, const Attention& l, int64_t block_size)
+      : segment(s), layer(l), length(s.start + s.count), per_block(block_size / kStrip) {}
 
-  int64_t per_block() const { return layer.block_size / kStrip; }
   int64_t kept(int64_t head) const { return segment.kept ? segment.kept[head] : segment.chosen; }
-  int64_t from_blocks(int64_t head) const { return segment.blocks ? kept(head) * per_block() : 0; }
+  int64_t from_blocks(int64_t head) const { return segment.blocks ? kept(head) * per_block : 0; }
   int64_t first() const { return segment.blocks ? segment.tail : 0; }
+
+  // Strips of a chunk; returns how many.
+  int64_t fill(int64_t head, int64_t chunk, Strip* out) const {
+    const int64_t from = chunk * kChunk, count = std::min(kChunk, number(head) - from);
+    for (int64_t i = 0; i < count; i++) out[i] = at(head, from + i);
+    return count;
+  }
 
   int64_t number(int64_t head) const { return from_blocks(head) + padded(length - first(), kStrip) / kStrip; }
   int64_t chunks(int64_t head) const { return padded(number(head), kChunk) / kChunk; }
@@ -100,10 +114,10 @@ struct Strips {
   Strip at(int64_t head, int64_t n) const {
     const int64_t chosen = from_blocks(head);
     const int64_t position =
-        n < chosen ? (segment.blocks[head * segment.chosen + n / per_block()] * per_block() + n % per_block()) * kStrip
+        n < chosen ? (segment.blocks[head * segment.chosen + n / per_block] * per_block + n % per_block) * kStrip
                    : first() + (n - chosen) * kStrip;
-    const int64_t page = position / layer.page, inside = position % layer.page;
-    const int64_t base = (page * layer.kv_heads + head) * layer.page * layer.head_dim;
+    const int64_t page = position / kPage, inside = position % kPage;
+    const int64_t base = (page * layer.kv_heads + head) * kPage * layer.head_dim;
     return {static_cast<const Scalar*>(segment.keys) + base + inside,
             static_cast<const Scalar*>(segment.values) + base + inside * layer.head_dim, position,
             std::min<int64_t>(kStrip, length - position)};
@@ -116,16 +130,16 @@ void place_token(const Attention& a, const Segment& segment, int64_t token, cons
   using Scalar = typename B::Scalar;
   const int64_t d = a.head_dim, half = d / 2, groups = a.heads / a.kv_heads;
   const int64_t inside = token - segment.first, place = segment.start + inside;
-  const int64_t page = place / a.page, slot = place % a.page;
+  const int64_t page = place / kPage, slot = place % kPage;
   const int64_t padded_rows = padded(segment.count * groups, kTileRows);
   float *cosines = scratch, *sines = cosines + d, *norms = sines + d, *rotated = norms + d;
   Scalar rounded[512];
-  B::widen(static_cast<const Scalar*>(a.cos) + a.positions[token] * d, d, cosines);
-  B::widen(static_cast<const Scalar*>(a.sin) + a.positions[token] * d, d, sines);
+  B::widen(static_cast<const Scalar*>(a.cos) + segment.positions[inside] * d, d, cosines);
+  B::widen(static_cast<const Scalar*>(a.sin) + segment.positions[inside] * d, d, sines);
   for (int64_t head = 0; head < a.heads + 2 * a.kv_heads; head++) {
     const float* values = projected + head * d;
     const int64_t kv = head < a.heads ? head / groups : (head - a.heads) % a.kv_heads;
-    const int64_t base = (page * a.kv_heads + kv) * a.page * d;
+    const int64_t base = (page * a.kv_heads + kv) * kPage * d;
     if (head >= a.heads + a.kv_heads) {
       B::narrow(values, d, static_cast<Scalar*>(segment.values) + base + slot * d);
       continue;
@@ -151,7 +165,7 @@ void place_token(const Attention& a, const Segment& segment, int64_t token, cons
     } else {
       B::narrow(rotated, d, rounded);
       Scalar* to = static_cast<Scalar*>(segment.keys) + base + slot;
-      for (int64_t i = 0; i < d; i++) to[i * a.page] = rounded[i];
+      for (int64_t i = 0; i < d; i++) to[i * kPage] = rounded[i];
     }
   }
 }
@@ -159,12 +173,12 @@ void place_token(const Attention& a, const Segment& segment, int64_t token, cons
 // Scores of the blocks in a range for one KV head: mean key times the root's query, over its query heads by mean or
 // maximum; sink and window blocks always win.
 template <typename B>
-void score_blocks(const Attention& a, const Segment& segment, int64_t head, Range range, float* scores) {
+void score_blocks(const Attention& a, const Segment& segment, bool reduce_max, int64_t head, Range range, float* scores) {
   using Scalar = typename B::Scalar;
   const int64_t d = a.head_dim, groups = a.heads / a.kv_heads, count = range.to - range.from;
   const auto* queries = static_cast<const Scalar*>(segment.queries) + head * padded(segment.count * groups, kTileRows) * d;
   const auto* means = static_cast<const Scalar*>(segment.summary) + head * d * segment.summary_stride;
-  float sums[64], mean[64], query[512];
+  float sums[kScored], mean[kScored], query[512];
   const auto add = [&](const float* vector) {
     std::fill_n(sums, count, 0.0f);
     for (int64_t i = 0; i < d; i++) {
@@ -173,7 +187,7 @@ void score_blocks(const Attention& a, const Segment& segment, int64_t head, Rang
     }
   };
   float* out = scores + range.from;
-  if (a.reduce_max) {
+  if (reduce_max) {
     std::fill_n(out, count, kNothing);
     for (int64_t group = 0; group < groups; group++) {
       B::widen(queries + group * d, d, query);

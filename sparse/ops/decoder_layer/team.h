@@ -38,15 +38,10 @@ class Team {
     }
   }
 
-  // Numbers 0, 1, 2 ... for whichever thread asks next; set back by begin().
-  int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
-  void begin() { next_.store(0, std::memory_order_relaxed); }
-
  private:
   static constexpr int kSpins = 20000;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> round_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
 };
 
 // Runs work(thread, team) on the threads that torch uses.

@@ -39,7 +39,7 @@ struct Tiled {
         const bool two = rows - row > kTileRows;
         const uint16_t* x = panel + row * stride;
         if (two)
-          two_tiles(weights, steps, x, stride);
+          two_tiles(weights, steps, x, stride, row == 0);
         else
           one_tile(weights, steps, x, stride, row == 0);
         _tile_stored(0, sums[0], 64);
@@ -57,28 +57,37 @@ struct Tiled {
   }
 
   static void attend(const Strip* strips, int64_t number, const uint16_t* queries, int64_t count, int64_t head_dim,
-                     int64_t page, const Sight& sight, float* scratch, float* top, float* sum, float* out) {
+                     const Sight& sight, const Strip* coming, int64_t coming_number, float* scratch, float* top,
+                     float* sum, float* out) {
     const int64_t spans = (number + 1) / 2, steps = head_dim / kStep, stride = steps * 2 * kTile + kStep;
     auto* keys = reinterpret_cast<uint16_t*>(scratch);
     uint16_t *values = keys + spans_of(head_dim), *weights = values + spans_of(head_dim);
     auto* scores = reinterpret_cast<float*>(weights + kTileRows * kWidth);
-    pack_keys(strips, number, steps, page, stride, keys);
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    Fetcher fetcher(coming, coming_number, head_dim, sizeof(uint16_t), spans * (tiles * (1 + steps) + count));
+    pack_keys(strips, number, steps, stride, keys);
     pack_values(strips, number, steps, stride, values);
     uint32_t seen[kChunk / 2];
-    bool all[kChunk / 2];
+    bool all[kChunk / 2], whole = true;
     for (int64_t s = 0; s < spans; s++) {
       const Strip& last = strips[std::min(2 * s + 1, number - 1)];
       all[s] = 2 * s + 1 < number && strips[2 * s].count + last.count == kSpan &&
                std::max(strips[2 * s].position, last.position) + kStrip <= sight.segment->start;
+      whole &= all[s];
     }
     for (int64_t row = 0; row < count; row += kTileRows) {
       const int64_t rows = std::min(kTileRows, count - row);
-      score(queries + row * head_dim, keys, spans, steps, stride, scores);
+      score(queries + row * head_dim, keys, spans, steps, stride, scores, fetcher);
       for (int64_t r = 0; r < rows; r++) {
+        float *line = scores + r * kWidth, *highest = top + row + r, *total = sum + row + r;
+        if (whole) {
+          soften<false>(line, seen, spans, weights + r * kWidth, highest, total, fetcher);
+          continue;
+        }
         for (int64_t s = 0; s < spans; s++) seen[s] = all[s] ? ~0u : bits(strips + 2 * s, number - 2 * s, sight, row + r);
-        soften(scores + r * kWidth, seen, spans, weights + r * kWidth, top + row + r, sum + row + r);
+        soften<true>(line, seen, spans, weights + r * kWidth, highest, total, fetcher);
       }
-      mix(weights, values, spans, steps, stride, rows, out + row * head_dim);
+      mix(weights, values, spans, steps, stride, rows, out + row * head_dim, fetcher);
     }
   }
 
@@ -87,11 +96,13 @@ struct Tiled {
     return spans_of(head_dim) + kTileRows * kWidth / 2 + kTileRows * kWidth;
   }
 
-  static void widen(const uint16_t* from, int64_t count, float* to) {
+  template <typename Count>
+  static void widen(const uint16_t* from, Count count, float* to) {
     for (int64_t i = 0; i < count; i++) to[i] = native::widen(native::BFloat16{from[i]});
   }
 
-  static void narrow(const float* from, int64_t count, uint16_t* to) {
+  template <typename Count>
+  static void narrow(const float* from, Count count, uint16_t* to) {
     for (int64_t i = 0; i < count; i += 16) {
       const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu);
       const auto rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + i));
@@ -126,12 +137,13 @@ struct Tiled {
     }
   }
 
-  static void two_tiles(const uint16_t* weights, int64_t steps, const uint16_t* x, int64_t stride) {
+  static void two_tiles(const uint16_t* weights, int64_t steps, const uint16_t* x, int64_t stride, bool first) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; step++, weights += 2 * kTile) {
+      if (first) fetch(weights + kAhead);
       _tile_loadd(4, x + step * kStep, stride * sizeof(uint16_t));
       _tile_loadd(5, x + kTileRows * stride + step * kStep, stride * sizeof(uint16_t));
       _tile_loadd(6, weights, 64);
@@ -145,13 +157,13 @@ struct Tiled {
 
   // Two strips as pairs of channels. unpacklo and unpackhi leave positions 0-3, 8-11, 16-19, 24-27 of the span in one
   // tile and the others in the next; scores, masks and values keep that order.
-  static void pack_keys(const Strip* strips, int64_t number, int64_t steps, int64_t page, int64_t stride, uint16_t* out) {
+  static void pack_keys(const Strip* strips, int64_t number, int64_t steps, int64_t stride, uint16_t* out) {
     for (int64_t pair = 0; pair < steps * 16; pair++) {
       uint16_t* to = out + pair / 16 * 2 * kTile + pair % 16 * kStep;
       for (int64_t s = 0; s < number; s += 2, to += stride) {
-        const auto* low = static_cast<const uint16_t*>(strips[s].keys) + 2 * pair * page;
-        const auto* high = static_cast<const uint16_t*>(strips[std::min(s + 1, number - 1)].keys) + 2 * pair * page;
-        const __m512i one = both(low, high), two = both(low + page, high + page);
+        const auto* low = static_cast<const uint16_t*>(strips[s].keys) + 2 * pair * kPage;
+        const auto* high = static_cast<const uint16_t*>(strips[std::min(s + 1, number - 1)].keys) + 2 * pair * kPage;
+        const __m512i one = both(low, high), two = both(low + kPage, high + kPage);
         _mm512_storeu_si512(to, _mm512_unpacklo_epi16(one, two));
         _mm512_storeu_si512(to + kTile, _mm512_unpackhi_epi16(one, two));
       }
@@ -190,11 +202,12 @@ struct Tiled {
   }
 
   static void score(const uint16_t* queries, const uint16_t* keys, int64_t spans, int64_t steps, int64_t stride,
-                    float* scores) {
+                    float* scores, Fetcher& fetcher) {
     const int64_t head_dim = steps * kStep;
     for (int64_t span = 0; span < spans; span++) {
       _tile_zero(0);
       _tile_zero(1);
+      fetcher.step();
       for (int64_t step = 0; step < steps; step++) {
         const uint16_t* from = keys + span * stride + step * 2 * kTile;
         _tile_loadd(4, queries + step * kStep, head_dim * sizeof(uint16_t));
@@ -208,36 +221,45 @@ struct Tiled {
     }
   }
 
-  // One row: exponentials of its scores from their maximum, as bfloat16, and the fp32 sum of them.
-  static void soften(float* scores, const uint32_t* seen, int64_t spans, uint16_t* weights, float* top, float* sum) {
-    const __m512 nothing = _mm512_set1_ps(kNothing);
-    __m512 highest = nothing;
+  // One row: exponentials of its scores from their maximum, as bfloat16, and the fp32 sum of them. Unless masked, all
+  // positions are seen.
+  template <bool kMasked>
+  static void soften(const float* scores, const uint32_t* seen, int64_t spans, uint16_t* weights, float* top, float* sum,
+                     Fetcher& fetcher) {
+    const auto low = [&](int64_t s) { return static_cast<__mmask16>(kMasked ? _pext_u32(seen[s], 0x0f0f0f0fu) : ~0u); };
+    const auto high = [&](int64_t s) { return static_cast<__mmask16>(kMasked ? _pext_u32(seen[s], 0xf0f0f0f0u) : ~0u); };
+    __m512 a = _mm512_set1_ps(kNothing), b = a;
     for (int64_t s = 0; s < spans; s++) {
-      const auto low = static_cast<__mmask16>(_pext_u32(seen[s], 0x0f0f0f0fu));
-      const auto high = static_cast<__mmask16>(_pext_u32(seen[s], 0xf0f0f0f0u));
-      highest = _mm512_mask_max_ps(highest, low, highest, _mm512_load_ps(scores + s * kSpan));
-      highest = _mm512_mask_max_ps(highest, high, highest, _mm512_load_ps(scores + s * kSpan + 16));
+      a = _mm512_mask_max_ps(a, low(s), a, _mm512_load_ps(scores + s * kSpan));
+      b = _mm512_mask_max_ps(b, high(s), b, _mm512_load_ps(scores + s * kSpan + 16));
     }
-    *top = _mm512_reduce_max_ps(highest);
-    const __m512 from = _mm512_set1_ps(*top), scale = _mm512_set1_ps(1.44269504f);
-    __m512 total = _mm512_setzero_ps();
+    *top = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+    const __m512 scale = _mm512_set1_ps(1.44269504f), from = _mm512_set1_ps(*top * 1.44269504f);
+    a = b = _mm512_setzero_ps();
     for (int64_t s = 0; s < spans; s++) {
-      const auto low = static_cast<__mmask16>(_pext_u32(seen[s], 0x0f0f0f0fu));
-      const auto high = static_cast<__mmask16>(_pext_u32(seen[s], 0xf0f0f0f0u));
-      const __m512 a = exponential(_mm512_load_ps(scores + s * kSpan), from, scale, low);
-      const __m512 b = exponential(_mm512_load_ps(scores + s * kSpan + 16), from, scale, high);
-      total = _mm512_add_ps(total, _mm512_add_ps(a, b));
-      _mm512_storeu_si512(weights + s * kSpan, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      fetcher.step();
+      const __m512 first = exponential<kMasked>(_mm512_load_ps(scores + s * kSpan), from, scale, low(s));
+      const __m512 second = exponential<kMasked>(_mm512_load_ps(scores + s * kSpan + 16), from, scale, high(s));
+      a = _mm512_add_ps(a, first);
+      b = _mm512_add_ps(b, second);
+      _mm512_storeu_si512(weights + s * kSpan, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     }
-    *sum = _mm512_reduce_add_ps(total);
+    *sum = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
   }
 
+  // exp(score - top) with a relative error below 2e-5: far finer than the rounding to bfloat16 that follows.
+  template <bool kMasked>
   static __m512 exponential(__m512 score, __m512 from, __m512 scale, __mmask16 seen) {
-    return _mm512_maskz_mov_ps(seen, native::power_of_two(_mm512_mul_ps(_mm512_maskz_sub_ps(seen, score, from), scale)));
+    constexpr float kSeries[] = {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+    const __m512 power = kMasked ? _mm512_maskz_fmsub_ps(seen, score, scale, from) : _mm512_fmsub_ps(score, scale, from);
+    const __m512 whole = _mm512_roundscale_ps(power, 0), rest = _mm512_sub_ps(power, whole);
+    __m512 value = _mm512_set1_ps(kSeries[0]);
+    for (int i = 1; i < 5; i++) value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(kSeries[i]));
+    return kMasked ? _mm512_maskz_scalef_ps(seen, value, whole) : _mm512_scalef_ps(value, whole);
   }
 
   static void mix(const uint16_t* weights, const uint16_t* values, int64_t spans, int64_t steps, int64_t stride,
-                  int64_t rows, float* out) {
+                  int64_t rows, float* out, Fetcher& fetcher) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     alignas(64) float sums[2][kTileRows][16];
@@ -246,6 +268,7 @@ struct Tiled {
       _tile_zero(1);
       for (int64_t span = 0; span < spans; span++) {
         const uint16_t* from = values + span * stride + step * 2 * kTile;
+        fetcher.step();
         _tile_loadd(4, weights + span * kSpan, kWidth * sizeof(uint16_t));
         _tile_loadd(6, from, 64);
         _tile_loadd(7, from + kTile, 64);

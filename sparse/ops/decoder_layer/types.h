@@ -8,6 +8,7 @@ namespace decoder_layer {
 constexpr int64_t kTileRows = 16;  // rows that are multiplied at once
 constexpr int64_t kStep = 32;      // inputs of one product of tiles; rows of panels are padded to a multiple
 constexpr int64_t kStrip = 16;     // positions of the cache that lie together
+constexpr int64_t kPage = 256;       // positions of a page of the cache
 constexpr int64_t kChunk = 16;     // strips whose softmax is computed at once
 
 // Packed weights of a linear map. The outputs go in groups of twice sixteen: group g holds the columns from g * stride
@@ -20,16 +21,17 @@ struct Matrix {
 
 // The tokens of one sequence in a step.
 struct Segment {
-  int64_t first, count;    // tokens of the step
-  int64_t start;           // positions of the cache before them
-  void *keys, *values;     // [pages, kv_heads, head_dim, page] and [pages, kv_heads, page, head_dim]
-  const uint8_t* visible;  // [count, count]: which tokens a token sees; null for a chain
-  int64_t* blocks;         // [kv_heads, chosen], ascending or not; null attends to everything
-  const int64_t* kept;     // [kv_heads]: so many of `blocks` count; null for all
-  int64_t chosen, tail;    // blocks per KV head; position from which on everything is attended to
-  const void* summary;     // [kv_heads, head_dim, summary_stride]: mean keys to choose the blocks by; null: they are given
+  int64_t first, count;      // tokens of the step
+  int64_t start;             // positions of the cache before them
+  const int64_t* positions;  // [count]: of the tokens
+  void *keys, *values;       // [pages, kv_heads, head_dim, page] and [pages, kv_heads, page, head_dim]
+  const uint8_t* visible;    // [count, count]: which tokens a token sees; null for a chain
+  int64_t* blocks;           // [kv_heads, chosen], ascending or not; null attends to everything
+  const int64_t* kept;       // [kv_heads]: so many of `blocks` count; null for all
+  int64_t chosen, tail;      // blocks per KV head; position from which on everything is attended to
+  const void* summary;       // [kv_heads, head_dim, summary_stride]: mean keys to choose by; null: the blocks are given
   int64_t summary_stride, whole, sinks, window;
-  void* queries;           // [kv_heads, padded rows * groups, head_dim]: rotated, scaled
+  void* queries;             // [kv_heads, padded rows * groups, head_dim]: rotated, scaled
 };
 
 // The attention half of a layer.
@@ -39,9 +41,25 @@ struct Attention {
   const Matrix* output;
   const void *query_norm, *key_norm;  // [head_dim], null without
   const void *cos, *sin;              // [positions, head_dim]
-  const int64_t* positions;           // [tokens]
-  int64_t hidden, heads, kv_heads, head_dim, page, block_size, reduce_max;
+  int64_t hidden, heads, kv_heads, head_dim;
   float eps, scale;
+};
+
+// The feed-forward half of a layer; gate_up pairs each channel's gate with its up.
+struct FeedForward {
+  const void* norm;
+  const Matrix *gate_up, *down;
+  float eps;
+};
+
+// Half a layer for the tokens of a step: one of attention and feed_forward is null. parts: 1 projects, stores keys and
+// values and leaves the queries in the segments, 2 attends from there on, 3 does both. block_size belongs to the blocks
+// of the segments; reduce_max scores them by the maximum over the query heads of a KV head instead of the mean.
+struct Job {
+  const Attention* attention;
+  const FeedForward* feed_forward;
+  const Segment* segments;
+  int64_t number, parts, block_size, reduce_max;
 };
 
 inline int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
