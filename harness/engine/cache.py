@@ -116,8 +116,7 @@ class KVCache:
             ValueError: the positions do not fit.
         """
         stop = start + keys.shape[0]
-        if stop > self.capacity:
-            raise ValueError(f"position {stop} lies beyond the cache's capacity of {self.capacity}")
+        self.check_room(stop)
         stored_keys, stored_values = self._layers[layer][row]
         transposed, moved = keys.permute(1, 2, 0), values.transpose(0, 1)
         begin = start
@@ -128,6 +127,15 @@ class KVCache:
             stored_keys[page, :, :, inside : inside + count] = transposed[:, :, source]
             stored_values[page, :, inside : inside + count] = moved[:, source]
             begin += count
+
+    def check_room(self, stop: int) -> None:
+        """Refuse ``stop`` positions where they do not fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if stop > self.capacity:
+            raise ValueError(f"position {stop} lies beyond the cache's capacity of {self.capacity}")
 
     def advance(self, row: int, tokens: int) -> None:
         """Declare the ``tokens`` positions after the current length valid."""

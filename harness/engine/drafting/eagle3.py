@@ -17,80 +17,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.engine.drafting.draft import Draft
+from harness.engine.drafting.eagle3_memory import make_memory
 from harness.engine.drafting.expansion import Growth, Pace, grow, room
-from harness.engine.model.eagle3 import Attend, Eagle3Head
+from harness.engine.model.eagle3 import Eagle3Head
 from harness.engine.sampling import Sampling, distribution
 from sparse.cost import Cost, HeadShape
 
-_ROOM = 512
-"""Positions that storage starts with."""
+_TOGETHER = 16
+"""Observed tokens that run with the root at most, so that weights are read once; of earlier ones only keys and values
+are computed, as nothing else of them is ever read."""
 
 _CHUNK = 1024
 """Observed tokens that run together; bounds the memory that a long prompt takes."""
-
-
-class _Memory:
-    """Keys and values of a head's layer, each [kv_heads, room, head_dim], and rotary tables; the room doubles."""
-
-    def __init__(self, head: Eagle3Head) -> None:
-        self._head = head
-        weight = head.norm.weight
-        self._keys = weight.new_empty(head.shape.kv_heads, 0, head.shape.head_dim)
-        self._values = self._keys
-        self.cos, self.sin = head.rotary(torch.arange(0, device=weight.device))
-
-    def reserve(self, size: int) -> None:
-        """Make room for ``size`` positions; what is stored stays."""
-        heads, room, head_dim = self._keys.shape
-        if size <= room:
-            return
-        larger = max(room, _ROOM)
-        while larger < size:
-            larger *= 2
-        keys, values = self._keys.new_empty(2, heads, larger, head_dim).unbind()
-        keys[:, :room], values[:, :room] = self._keys, self._values
-        self._keys, self._values = keys, values
-        self.cos, self.sin = self._head.rotary(torch.arange(larger, device=keys.device))
-
-    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store [n, kv_heads, head_dim] at ``start`` and the following places."""
-        stop = start + keys.shape[0]
-        self._keys[:, start:stop] = keys.transpose(0, 1)
-        self._values[:, start:stop] = values.transpose(0, 1)
-
-    def attention(self, start: int, mask: Tensor | None, begin: int) -> Attend:
-        """Attention of new places from ``start`` on to everything before them and among them.
-
-        Args:
-            start: places before them.
-            mask: [n, start + n - begin], additive; None if they see everything.
-            begin: first place that is seen.
-        """
-
-        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            self.write(start, keys, values)
-            rows, (heads, _, head_dim) = queries.shape[0], self._keys.shape
-            stop = start + rows
-            grouped = queries.view(rows, heads, -1, head_dim).transpose(0, 1).reshape(1, heads, -1, head_dim)
-            groups = grouped.shape[2] // rows
-            mixed = functional.scaled_dot_product_attention(
-                grouped,
-                self._keys[None, :, begin:stop],
-                self._values[None, :, begin:stop],
-                attn_mask=None if mask is None else mask.repeat_interleave(groups, dim=0)[None, None],
-                scale=1.0,
-            )
-            return mixed.view(heads, rows, groups, head_dim).transpose(0, 1).reshape(queries.shape)
-
-        return attend
 
 
 class Eagle3Drafter:
     """Grows drafts with an EAGLE-3 head.
 
     The keys and values of the head's layer are kept: those of observed tokens stay, those of drafts are overwritten.
-    Observed tokens are run when the next draft is wanted. Of all but the last one only keys and values are computed, as
-    nothing else of them is ever read.
+    Observed tokens are run when the next draft is wanted.
 
     Args:
         head: in evaluation mode.
@@ -136,7 +81,7 @@ class Eagle3Drafter:
         self._window = window
         self._targets = head.targets
         self._ids: list[int] = self._targets.tolist()
-        self._memory = _Memory(head)
+        self._memory = make_memory(head)
         self._random = Random()
         self._prompt: tuple[int, ...] = ()
         self._prompt_end: list[tuple[Sequence[int], Tensor]] = []
@@ -229,10 +174,8 @@ class Eagle3Drafter:
         for first in range(0, len(tokens), _CHUNK):
             part = slice(first, first + _CHUNK)
             embeddings, states = self._embed(tokens[part]), self._fuse(features[part])
-            places = slice(self._length, self._length + len(states))
-            keys, values = self._head.keys_values(embeddings, states, memory.cos[places], memory.sin[places])
-            memory.write(self._length, keys, values)
-            self._length = places.stop
+            memory.store(self._length, embeddings, states)
+            self._length += len(states)
 
     def _catch_up(self) -> Tensor | None:
         """Run the observed tokens; the head's state after the last one, [1, hidden], if there is any."""
@@ -240,17 +183,18 @@ class Eagle3Drafter:
             return None if self._states is None else self._states[:1]
         tokens = [token for part, _ in self._waiting for token in part]
         features = torch.cat([rows for _, rows in self._waiting])
-        self._remember(tokens[:-1], features[:-1])
+        together = min(len(tokens), _TOGETHER)
+        self._remember(tokens[:-together], features[:-together])
         place, memory = self._length, self._memory
-        memory.reserve(place + room(self._growth))
-        here = slice(place, place + 1)
-        embeddings, states = self._embed(tokens[-1:]), self._fuse(features[-1:])
-        root: Tensor = self._head(
-            embeddings, states, memory.cos[here], memory.sin[here], memory.attention(place, None, self._begin())
-        )
-        self._length, self._waiting = place + 1, []
+        memory.reserve(place + together - 1 + room(self._growth))
+        embeddings, states = self._embed(tokens[-together:]), self._fuse(features[-together:])
+        self._length, self._waiting = place + together - 1, []
+        paths = [tuple(range(1 + token)) for token in range(together)]
+        outputs = memory.run(embeddings, states, place, 0, paths, self._begin())
+        self._length += 1
+        self.spent += self._sizes.remember(together - 1)
         self.spent += self._sizes.run(1, self._length - self._begin(), fused=1)
-        return root
+        return outputs[-1:]
 
     def _extend(self, numbers: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
         """Run draft tokens through the head; see :data:`~harness.engine.drafting.expansion.Extend`."""
@@ -259,37 +203,13 @@ class Eagle3Drafter:
         done = states.shape[0] - 1  # the root's state stands first, then those of the draft tokens
         paths = [(*self._paths[parent], done + new) for new, parent in enumerate(parents)]
         self._paths.update(zip(numbers, paths, strict=True))
-        if len(paths) == 1:
-            ahead, before = self._length + len(paths[0]) - 1, _before(paths[0])
-            cos, sin = memory.cos[ahead : ahead + 1], memory.sin[ahead : ahead + 1]
-            states = states[before : before + 1]
-        else:
-            positions = torch.tensor([self._length + len(path) - 1 for path in paths], device=states.device)
-            cos, sin = memory.cos[positions], memory.sin[positions]
-            states = states[[_before(path) for path in paths]]
-        start, mask = self._length + done, self._mask(paths, done)
-        outputs = self._head(
-            self._embed([self._ids[token] for token in tokens]),
-            states,
-            cos,
-            sin,
-            memory.attention(start, mask, self._begin()),
-        )
+        embeddings = self._embed([self._ids[token] for token in tokens])
+        before = states[[_before(path) for path in paths]]
+        # The root's own place belongs to the observed ones, so draft tokens stand right behind it.
+        outputs = memory.run(embeddings, before, self._length, done, paths, self._begin())
         self._states = torch.cat((self._states, outputs))
-        self.spent += self._sizes.run(len(paths), start + len(paths) - self._begin())
+        self.spent += self._sizes.run(len(paths), self._length + done + len(paths) - self._begin())
         return self._distribution(outputs)
-
-    def _mask(self, paths: list[tuple[int, ...]], done: int) -> Tensor | None:
-        """Additive mask [n, positions] by which tokens see all observed ones and their own path; None for a chain."""
-        drafted = done + len(paths)
-        if len(paths) == 1 and len(paths[0]) == drafted:
-            return None
-        weight = self._head.norm.weight
-        seen = [row * drafted + place for row, path in enumerate(paths) for place in path]
-        hidden = weight.new_full((len(paths) * drafted,), float("-inf"))
-        hidden[torch.tensor(seen, device=weight.device)] = 0
-        observed = weight.new_zeros(len(paths), self._length - self._begin())
-        return torch.cat((observed, hidden.view(len(paths), drafted)), dim=1)
 
     def _begin(self) -> int:
         """First observed token that is seen."""

@@ -8,6 +8,7 @@ step gives every token the very bits that autoregressive decoding gives it, in b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from harness.engine.cache import PAGE, KVCache
 from harness.engine.model.attention import Choice, chosen, count_attention, known, retrieved
 from harness.engine.model.families import LayerWeights, ModelWeights
 from harness.engine.model.probe import AttentionView
-from harness.engine.model.step import Batch, Step
+from harness.engine.model.step import Batch, Segment, Step
 from harness.engine.model.verification import Verification
 from sparse.budget import AttentionBudget
 from sparse.ops.decoder_layer import native
@@ -147,6 +148,11 @@ class CompiledStep(Step):
         run.trace.paths[f"{ffn_op.DENSE}.{NATIVE}"] += 1
         run.trace.ffn(number, width=ffn.width, gates=ffn.width, channels=ffn.width, rows=hidden.shape[0])
         return hidden
+
+    def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Batch]:
+        """As its parent's; what a step that failed left in the queue is forgotten."""
+        self._jobs = native.Jobs()
+        return super()._embed(segments, cache)
 
     def _finish(self, run: Verification, hidden: Tensor) -> None:
         """Run what waits in the queue."""

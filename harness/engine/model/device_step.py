@@ -306,15 +306,14 @@ class DeviceStep(Step):
         gate_up, down = moe.stacked
         budget, own, total = form.sparsity.moe, (form.sequences, form.tokens, -1), gate_up.shape[0]
         real = state.real.view(-1, 1)
-        shares = probabilities(moe.router(rows)).view(own)
-        shares = torch.where(state.real[:, :, None], shares, shares[:, :1])  # tokens that fill up ask for nothing new
-        dense = routing.mark(shares.view(-1, total), shares.view(-1, total).topk(moe.top_k, dim=-1).indices)
+        shares = probabilities(moe.router(rows))
+        dense = routing.mark(shares, shares.topk(moe.top_k, dim=-1).indices)
         runs, most = dense, moe.top_k * rows.shape[0]
         if budget.union is not None and budget.union < total:
             survival, most = state.survival(budget.survival), budget.union * form.sequences
-            alone = zip(shares, dense.view(own), survival, strict=True)
+            alone = zip(shares.view(own), dense.view(own), survival, strict=True)
             runs = torch.cat([_within_union(*each, moe, budget) for each in alone])
-        combine = routing.weigh(shares.view(-1, total), runs, dense, normalise=moe.normalise, unit=moe.unit) * real
+        combine = routing.weigh(shares, runs, dense, normalise=moe.normalise, unit=moe.unit) * real
         dense, runs = dense & real, runs & real
         counts[device_form.union_of(number)] = torch.stack((dense, runs)).any(1).sum(1)
         if not budget.is_dense:

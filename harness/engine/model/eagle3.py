@@ -139,13 +139,18 @@ class Eagle3Head(nn.Module):
         return self.midlayer.self_attn.keys_values(self.midlayer.both(embeddings, states), cos, sin)
 
     def pack(self) -> None:
-        """Copy the weights into the layout that the CPU's matrix library prefers for few rows, where it has one.
+        """Copy the weights into the layout that the CPU's matrix library prefers for few rows, where there is one.
 
         For weights that no longer change and no longer move; ``train()`` forgets the copies.
         """
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module.pack()
+
+    @property
+    def packed(self) -> bool:
+        """Whether :meth:`pack` was called and holds."""
+        return self.lm_head.packed
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., hidden] to [..., draft_vocab]."""

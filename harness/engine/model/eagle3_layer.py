@@ -84,6 +84,11 @@ class PackedLinear(nn.Linear):
         """From now on use a packed copy of the weight, where packing is supported."""
         self._packed = make_linear(self.weight, packed=True)
 
+    @property
+    def packed(self) -> bool:
+        """Whether a packed copy is used."""
+        return self._packed is not None
+
     def train(self, mode: bool = True) -> Self:
         """As in torch; the packed copy goes where the weight may change."""
         self._packed = None if mode else self._packed

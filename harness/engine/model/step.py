@@ -244,6 +244,7 @@ class Step:
         device = weights.device
         for segment in segments:
             start, count = cache.lengths[segment.row], len(segment.tokens)
+            cache.check_room(start + count)
             last = start + (count if segment.tree is None else 1 + segment.tree.depth)
             if last > weights.positions:
                 raise ValueError(f"position {last} lies beyond the model's {weights.positions} positions")

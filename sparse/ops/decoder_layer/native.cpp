@@ -19,7 +19,7 @@ struct AttentionHalf {
   const Segment* segments;
   const int64_t number, tokens;
   Scalar* hidden;
-  const int64_t stride, width;  // of panels of hidden states and of mixed values
+  const int64_t inputs, stride, width;  // of the projections; of panels of their inputs and of mixed values
   const int64_t scratch_size;
   Scalar *normed, *mixed;
   float *projected, *scratch, *tops, *sums, *parts, *scores;
@@ -28,11 +28,11 @@ struct AttentionHalf {
 
   AttentionHalf(const Job& todo, int64_t rows, void* states)
       : a(*todo.attention), job(todo), segments(todo.segments), number(todo.number), tokens(rows), hidden(static_cast<Scalar*>(states)),
-        stride(padded(a.hidden, kStep)), width(padded(a.heads * a.head_dim, kStep)),
+        inputs(a.qkv->inputs), stride(padded(inputs, kStep)), width(padded(a.heads * a.head_dim, kStep)),
         scratch_size(std::max<int64_t>({2 * stride, 4 * a.head_dim, padded(B::scratch(a.head_dim), 64)})) {
     Arena& arena = Arena::fresh();
-    normed = panel_of<B>(arena, tokens, stride);
-    mixed = panel_of<B>(arena, tokens, width);
+    normed = panel_of<B>(arena, tokens, inputs);
+    mixed = panel_of<B>(arena, tokens, a.heads * a.head_dim);
     projected = arena.take<float>(tokens * a.qkv->outputs);
     scratch = arena.take<float>(at::get_num_threads() * scratch_size);
     int64_t part = 0, score = 0;
@@ -59,7 +59,10 @@ struct AttentionHalf {
 
   void project(int thread, Team& team) {
     const Range rows = share(tokens, thread, team);
-    prepare<B>(hidden, a.norm, a.eps, a.hidden, rows, normed, stride, scratch + thread * scratch_size);
+    float* own = scratch + thread * scratch_size;
+    const auto* beside = static_cast<const Scalar*>(job.beside);
+    if (beside) prepare<B>(beside, a.beside_norm, a.eps, a.hidden, rows, normed, stride, own);
+    prepare<B>(hidden, a.norm, a.eps, a.hidden, rows, normed, stride, own, beside ? a.hidden : 0);
     team.wait();
     const Matrix& m = *a.qkv;
     B::begin(tokens);
@@ -72,7 +75,7 @@ struct AttentionHalf {
     B::end();
     team.wait();
     for (int64_t token = rows.from; token < rows.to; token++)
-      place_token<B>(a, segments[owner[token]], token, projected + token * m.outputs, scratch + thread * scratch_size);
+      place_token<B>(a, segments[owner[token]], token, projected + token * m.outputs, own);
     team.wait();
   }
 
@@ -185,9 +188,8 @@ struct FeedForwardHalf {
       : f(layer), tokens(rows), stride(padded(f.gate_up->inputs, kStep)), width(padded(f.down->inputs, kStep)),
         hidden(static_cast<Scalar*>(states)) {
     Arena& arena = Arena::fresh();
-    normed = panel_of<B>(arena, tokens, stride);
-    gated = panel_of<B>(arena, tokens, width);
-    for (int64_t row = 0; row < tokens; row++) std::fill(gated + row * width + f.down->inputs, gated + (row + 1) * width, Scalar{});
+    normed = panel_of<B>(arena, tokens, f.gate_up->inputs);
+    gated = panel_of<B>(arena, tokens, f.down->inputs);
     scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
   }
 
@@ -251,7 +253,7 @@ void linear(const Matrix& m, const void* norm, float eps, const void* rows, int6
   using Scalar = typename B::Scalar;
   const int64_t stride = padded(m.inputs, kStep);
   Arena& arena = Arena::fresh();
-  Scalar* panel = panel_of<B>(arena, tokens, stride);
+  Scalar* panel = panel_of<B>(arena, tokens, m.inputs);
   float* scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
   together([&](int thread, Team& team) {
     prepare<B>(static_cast<const Scalar*>(rows), norm, eps, m.inputs, share(tokens, thread, team), panel, stride,

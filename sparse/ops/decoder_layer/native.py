@@ -46,7 +46,7 @@ _Matrix = _structure(
 )
 Segment: Any = _structure(
     "Segment",
-    **dict.fromkeys(("first", "count", "start"), _SIZE),
+    **dict.fromkeys(("first", "count", "start", "before"), _SIZE),
     **dict.fromkeys(("positions", "keys", "values", "visible", "blocks", "kept"), _POINTER),
     **dict.fromkeys(("chosen", "tail"), _SIZE),
     summary=_POINTER,
@@ -56,7 +56,7 @@ Segment: Any = _structure(
 """The tokens of one sequence in a step; the fields are explained in types.h."""
 _Attention: Any = _structure(
     "Attention",
-    **dict.fromkeys(("norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin"), _POINTER),
+    **dict.fromkeys(("norm", "beside_norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin"), _POINTER),
     **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim"), _SIZE),
     eps=_FLOAT,
     scale=_FLOAT,
@@ -64,7 +64,7 @@ _Attention: Any = _structure(
 _FeedForward: Any = _structure("FeedForward", **dict.fromkeys(("norm", "gate_up", "down"), _POINTER), eps=_FLOAT)
 _Job: Any = _structure(
     "Job",
-    **dict.fromkeys(("attention", "feed_forward", "segments"), _POINTER),
+    **dict.fromkeys(("attention", "feed_forward", "segments", "beside"), _POINTER),
     **dict.fromkeys(("number", "parts", "block_size", "reduce_max"), _SIZE),
 )
 
@@ -127,6 +127,8 @@ def linear(packed: PackedLinear, rows: Tensor, norm: Tensor | None = None, eps: 
         raise ValueError(f"rows {tuple(rows.shape)} in {rows.dtype} do not fit {packed.inputs} inputs, {packed.dtype}")
     rows = rows.contiguous()
     output = rows.new_empty(rows.shape[0], packed.outputs)
+    if not rows.shape[0]:
+        return output
     pointer = None if norm is None else norm.data_ptr()
     _check(
         _kernels().decoder_layer_linear(
@@ -146,6 +148,8 @@ class AttentionLayer:
         cos, sin: rotary tables [positions, 1, head_dim]; ``sin`` carries the sign of the rotated half.
         heads, kv_heads: query heads and KV heads.
         eps, scale: of the norms, and of the queries.
+        beside_norm: RMSNorm weight [hidden] of the rows that are projected beside the hidden states, which stand before
+            them among the inputs of ``qkv``; None where there are none.
 
     Attributes:
         address: of the structure that the kernels take.
@@ -165,10 +169,11 @@ class AttentionLayer:
         kv_heads: int,
         eps: float,
         scale: float,
+        beside_norm: Tensor | None = None,
     ) -> None:
-        self._kept = (norm, qkv, output, query_norm, key_norm, cos, sin)
-        norms = (None if one is None else one.data_ptr() for one in (query_norm, key_norm))
-        pointers = (norm.data_ptr(), qkv.address, output.address, *norms, cos.data_ptr(), sin.data_ptr())
+        self._kept = (norm, beside_norm, qkv, output, query_norm, key_norm, cos, sin)
+        beside, *norms = (None if one is None else one.data_ptr() for one in (beside_norm, query_norm, key_norm))
+        pointers = (norm.data_ptr(), beside, qkv.address, output.address, *norms, cos.data_ptr(), sin.data_ptr())
         self._layer = _Attention(*pointers, norm.shape[0], heads, kv_heads, cos.shape[-1], eps, scale)
         self.address = ctypes.addressof(self._layer)
 
@@ -215,6 +220,7 @@ class Jobs:
         block_size: int,
         reduce_max: bool = False,
         parts: int = PROJECT | MIX,
+        beside: Tensor | None = None,
         keep: Sequence[Any] = (),
     ) -> None:
         """Add an attention half; keys and values enter the cache.
@@ -225,16 +231,17 @@ class Jobs:
             block_size: positions per block, where segments attend to chosen blocks.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
             parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
+            beside: [tokens, hidden], contiguous: rows projected beside the hidden states, for layers that have a norm for
+                them.
             keep: what the segments point at and must live until the jobs have run.
         """
-        self._jobs.append(
-            (layer.address, None, ctypes.addressof(segments), len(segments), parts, block_size, reduce_max)
-        )
-        self._kept.append((segments, keep))
+        where = (ctypes.addressof(segments), None if beside is None else beside.data_ptr(), len(segments))
+        self._jobs.append((layer.address, None, *where, parts, block_size, reduce_max))
+        self._kept.append((segments, beside, keep))
 
     def feed_forward(self, layer: FeedForwardLayer) -> None:
         """Add a feed-forward half."""
-        self._jobs.append((None, layer.address, None, 0, 0, 0, 0))
+        self._jobs.append((None, layer.address, None, None, 0, 0, 0, 0))
 
     def run(self, hidden: Tensor, seconds: Any = None) -> None:
         """Run all of them in their order, and forget them.

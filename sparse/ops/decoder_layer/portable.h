@@ -15,6 +15,7 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 struct Strip {
   const void *keys, *values;  // of the first position; keys of one channel lie together, values of one position
   int64_t position, count;    // first position and number of valid ones
+  int64_t skip;               // so many at the front are not seen
 };
 
 // Which positions the rows of a segment see.
@@ -24,17 +25,17 @@ struct Sight {
 
   // Bits of the positions of a strip that a row (query heads of a token stand together) sees.
   uint32_t bits(const Strip& strip, int64_t row) const {
-    const uint32_t present = (1u << strip.count) - 1;
+    const uint32_t present = (1u << strip.count) - (1u << strip.skip);
     const int64_t own = strip.position + strip.count - segment->start;  // end of the strip among the step's tokens
     if (own <= 0) return present;
     uint32_t seen = 0;
-    const int64_t token = row / groups;
+    const int64_t token = row / groups, drafted = segment->before + segment->count, last = segment->before + token;
     for (int64_t i = 0; i < strip.count; i++) {
       const int64_t other = strip.position + i - segment->start;
-      const bool sees = other < 0 || (segment->visible ? segment->visible[token * segment->count + other] : other <= token);
+      const bool sees = other < 0 || (segment->visible ? segment->visible[token * drafted + other] : other <= last);
       seen |= static_cast<uint32_t>(sees) << i;
     }
-    return seen;
+    return seen & present;
   }
 };
 

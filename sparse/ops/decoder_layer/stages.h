@@ -9,16 +9,16 @@ constexpr int64_t kScored = 256;  // blocks scored at once
 
 enum Stage { kLinear, kSelect, kAttend, kFeedForward };
 
-// Rows of a tensor as a panel: normed unless norm is null, in rows of `stride` values, the rest zero.
+// Rows of a tensor in a panel with rows of `stride` values, from `column` on: normed unless norm is null.
 template <typename B>
 void prepare(const typename B::Scalar* rows, const void* norm, float eps, int64_t width, Range range,
-             typename B::Scalar* panel, int64_t stride, float* scratch) {
+             typename B::Scalar* panel, int64_t stride, float* scratch, int64_t column = 0) {
   using Scalar = typename B::Scalar;
   for (int64_t row = range.from; row < range.to; row++) {
     const Scalar* from = rows + row * width;
-    Scalar* to = panel + row * stride;
+    Scalar* to = panel + row * stride + column;
     if (norm) {
-      float *values = scratch, *weights = scratch + stride;
+      float *values = scratch, *weights = scratch + width;
       B::widen(from, width, values);
       B::widen(static_cast<const Scalar*>(norm), width, weights);
       float parts[16] = {};
@@ -33,15 +33,17 @@ void prepare(const typename B::Scalar* rows, const void* norm, float eps, int64_
     } else {
       std::copy_n(from, width, to);
     }
-    std::fill(to + width, to + stride, Scalar{});
   }
 }
 
-// The panel of `tokens` rows; rows up to a whole tile exist, their values do not matter.
+// The panel of `tokens` rows of `width` values; rows up to a whole tile exist, all that is not filled later is zero.
 template <typename B>
-typename B::Scalar* panel_of(Arena& arena, int64_t tokens, int64_t stride) {
+typename B::Scalar* panel_of(Arena& arena, int64_t tokens, int64_t width) {
+  const int64_t stride = padded(width, kStep);
   auto* panel = arena.take<typename B::Scalar>(padded(tokens, kTileRows) * stride);
   std::fill_n(panel + tokens * stride, (padded(tokens, kTileRows) - tokens) * stride, typename B::Scalar{});
+  for (int64_t row = 0; row < tokens && width < stride; row++)
+    std::fill(panel + row * stride + width, panel + (row + 1) * stride, typename B::Scalar{});
   return panel;
 }
 
@@ -94,7 +96,7 @@ struct Strips {
   int64_t length, per_block;
 
   Strips(const Segment& s, const Attention& l, int64_t block_size)
-      : segment(s), layer(l), length(s.start + s.count), per_block(block_size / kStrip) {}
+      : segment(s), layer(l), length(s.start + s.before + s.count), per_block(block_size / kStrip) {}
 
   int64_t kept(int64_t head) const { return segment.kept ? segment.kept[head] : segment.chosen; }
   int64_t from_blocks(int64_t head) const { return segment.blocks ? kept(head) * per_block : 0; }
@@ -107,7 +109,7 @@ struct Strips {
     return count;
   }
 
-  int64_t number(int64_t head) const { return from_blocks(head) + padded(length - first(), kStrip) / kStrip; }
+  int64_t number(int64_t head) const { return from_blocks(head) + padded(length, kStrip) / kStrip - first() / kStrip; }
   int64_t chunks(int64_t head) const { return padded(number(head), kChunk) / kChunk; }
 
   // Strip n of a head: those of the chosen blocks, then everything from the tail on.
@@ -115,12 +117,13 @@ struct Strips {
     const int64_t chosen = from_blocks(head);
     const int64_t position =
         n < chosen ? (segment.blocks[head * segment.chosen + n / per_block] * per_block + n % per_block) * kStrip
-                   : first() + (n - chosen) * kStrip;
+                   : (first() / kStrip + n - chosen) * kStrip;
     const int64_t page = position / kPage, inside = position % kPage;
     const int64_t base = (page * layer.kv_heads + head) * kPage * layer.head_dim;
     return {static_cast<const Scalar*>(segment.keys) + base + inside,
             static_cast<const Scalar*>(segment.values) + base + inside * layer.head_dim, position,
-            std::min<int64_t>(kStrip, length - position)};
+            std::min<int64_t>(kStrip, length - position),
+            n < chosen ? 0 : std::max<int64_t>(0, first() - position)};
   }
 };
 
@@ -129,7 +132,8 @@ template <typename B>
 void place_token(const Attention& a, const Segment& segment, int64_t token, const float* projected, float* scratch) {
   using Scalar = typename B::Scalar;
   const int64_t d = a.head_dim, half = d / 2, groups = a.heads / a.kv_heads;
-  const int64_t inside = token - segment.first, place = segment.start + inside;
+  const int64_t inside = token - segment.first;
+  const int64_t place = segment.start + segment.before + inside;
   const int64_t page = place / kPage, slot = place % kPage;
   const int64_t padded_rows = padded(segment.count * groups, kTileRows);
   float *cosines = scratch, *sines = cosines + d, *norms = sines + d, *rotated = norms + d;

@@ -71,7 +71,7 @@ struct Tiled {
     bool all[kChunk / 2], whole = true;
     for (int64_t s = 0; s < spans; s++) {
       const Strip& last = strips[std::min(2 * s + 1, number - 1)];
-      all[s] = 2 * s + 1 < number && strips[2 * s].count + last.count == kSpan &&
+      all[s] = 2 * s + 1 < number && strips[2 * s].count + last.count == kSpan && strips[2 * s].skip + last.skip == 0 &&
                std::max(strips[2 * s].position, last.position) + kStrip <= sight.segment->start;
       whole &= all[s];
     }

@@ -22,10 +22,10 @@ struct Matrix {
 // The tokens of one sequence in a step.
 struct Segment {
   int64_t first, count;      // tokens of the step
-  int64_t start;             // positions of the cache before them
+  int64_t start, before;     // positions of the cache before the step's draft, and tokens of it that ran earlier
   const int64_t* positions;  // [count]: of the tokens
   void *keys, *values;       // [pages, kv_heads, head_dim, page] and [pages, kv_heads, page, head_dim]
-  const uint8_t* visible;    // [count, count]: which tokens a token sees; null for a chain
+  const uint8_t* visible;    // [count, before + count]: which tokens of the draft a token sees; null for a chain
   int64_t* blocks;           // [kv_heads, chosen], ascending or not; null attends to everything
   const int64_t* kept;       // [kv_heads]: so many of `blocks` count; null for all
   int64_t chosen, tail;      // blocks per KV head; position from which on everything is attended to
@@ -34,9 +34,9 @@ struct Segment {
   void* queries;             // [kv_heads, padded rows * groups, head_dim]: rotated, scaled
 };
 
-// The attention half of a layer.
+// The attention half of a layer. With beside_norm the projections read rows beside the hidden states too.
 struct Attention {
-  const void* norm;
+  const void *norm, *beside_norm;  // [hidden]
   const Matrix* qkv;
   const Matrix* output;
   const void *query_norm, *key_norm;  // [head_dim], null without
@@ -54,11 +54,13 @@ struct FeedForward {
 
 // Half a layer for the tokens of a step: one of attention and feed_forward is null. parts: 1 projects, stores keys and
 // values and leaves the queries in the segments, 2 attends from there on, 3 does both. block_size belongs to the blocks
-// of the segments; reduce_max scores them by the maximum over the query heads of a KV head instead of the mean.
+// of the segments; reduce_max scores them by the maximum over the query heads of a KV head instead of the mean. beside
+// [tokens, hidden] stands before the hidden states in what is projected, each part normed; null without.
 struct Job {
   const Attention* attention;
   const FeedForward* feed_forward;
   const Segment* segments;
+  const void* beside;
   int64_t number, parts, block_size, reduce_max;
 };
 
