@@ -217,7 +217,7 @@ class Eagle3Drafter:
 
     def _distribution(self, states: Tensor) -> Tensor:
         """Distribution over draft tokens after states [n, hidden]: [n, draft_vocab], fp32."""
-        logits = self._head.logits(states)
+        logits = self._memory.logits(states)
         return logits.float().softmax(-1) if self._sample is None else distribution(logits, self._sample)
 
     def _in_target(self, draft: Draft) -> Draft:

@@ -43,6 +43,9 @@ class Memory(Protocol):
             The next states, [n, hidden].
         """
 
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, hidden] to [n, draft_vocab]."""
+
 
 def make_memory(head: Eagle3Head) -> Memory:
     """The fastest memory for ``head`` here."""
@@ -85,6 +88,10 @@ class TorchMemory:
         attend = self._attention(observed + done, self._mask(observed - begin, done, paths), begin)
         output: Tensor = self._head(embeddings, states, self._cos[places], self._sin[places], attend)
         return output
+
+    def logits(self, states: Tensor) -> Tensor:
+        """See :class:`Memory`."""
+        return self._head.logits(states)
 
     def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Store [n, kv_heads, head_dim] at ``start`` and the following places."""
@@ -142,6 +149,9 @@ class CompiledMemory:
             native.PackedLinear(mlp.down_proj.weight.detach()),
             head.shape.eps,
         )
+        packed = head.lm_head.map
+        assert isinstance(packed, native.PackedLinear)
+        self._lm_head = packed
         self._jobs = native.Jobs()
         self._cache: KVCache | None = None
         self._attention: native.AttentionLayer | None = None
@@ -150,8 +160,11 @@ class CompiledMemory:
     def fits(head: Eagle3Head) -> bool:
         """Whether the kernels run this head here: packed weights of sizes that they handle."""
         weight, shape = head.norm.weight, head.shape
-        packed = head.packed and weight.is_cpu and native.available(weight.dtype)
-        return packed and native.fits(shape.head_dim, weight.dtype, PAGE) and shape.ffn % 16 == 0
+        return (
+            isinstance(head.lm_head.map, native.PackedLinear)
+            and native.fits(shape.head_dim, weight.dtype, PAGE)
+            and shape.ffn % 16 == 0
+        )
 
     def reserve(self, size: int) -> None:
         """See :class:`Memory`."""
@@ -200,6 +213,10 @@ class CompiledMemory:
         self._jobs.feed_forward(self._feed_forward)
         self._jobs.run(states)
         return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """See :class:`Memory`."""
+        return native.linear(self._lm_head, states, self._head.norm.weight, self._head.shape.eps)
 
     def _add(
         self,

@@ -147,11 +147,6 @@ class Eagle3Head(nn.Module):
             if isinstance(module, PackedLinear):
                 module.pack()
 
-    @property
-    def packed(self) -> bool:
-        """Whether :meth:`pack` was called and holds."""
-        return self.lm_head.packed
-
     def logits(self, states: Tensor) -> Tensor:
         """[..., hidden] to [..., draft_vocab]."""
         output: Tensor = self.lm_head(self.norm(states))

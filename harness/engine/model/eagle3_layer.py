@@ -85,9 +85,9 @@ class PackedLinear(nn.Linear):
         self._packed = make_linear(self.weight, packed=True)
 
     @property
-    def packed(self) -> bool:
-        """Whether a packed copy is used."""
-        return self._packed is not None
+    def map(self) -> LinearMap | None:
+        """The map over the packed copy, None where there is none."""
+        return self._packed
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; the packed copy goes where the weight may change."""

@@ -231,8 +231,8 @@ class Jobs:
             block_size: positions per block, where segments attend to chosen blocks.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
             parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
-            beside: [tokens, hidden], contiguous: rows projected beside the hidden states, for layers that have a norm for
-                them.
+            beside: [tokens, hidden], contiguous: rows projected beside the hidden states, where the layer has a norm
+                for them.
             keep: what the segments point at and must live until the jobs have run.
         """
         where = (ctypes.addressof(segments), None if beside is None else beside.data_ptr(), len(segments))
