@@ -40,6 +40,8 @@ class Attention:
         cos, sin: rotary tables [positions, 1, head_dim]; ``sin`` carries the sign of the rotated half.
         heads, kv_heads: query heads and KV heads.
         eps, scale: of the norms, and of the queries.
+        beside_norm: RMSNorm weight [hidden] of the rows that stand before the hidden states among the inputs of
+            ``qkv``, as in an EAGLE-3 head (arXiv 2503.01840); None where there are none.
     """
 
     norm: Tensor
@@ -53,6 +55,7 @@ class Attention:
     kv_heads: int
     eps: float
     scale: float
+    beside_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +93,24 @@ def normed(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def project(hidden: Tensor, layer: Attention, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    hidden: Tensor, layer: Attention, positions: Tensor, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a step's tokens (DESIGN section 2).
 
     Args:
         hidden: [tokens, hidden].
         layer: weights.
         positions: [tokens], int64.
+        beside: [tokens, hidden], for layers with ``beside_norm``; else None.
 
     Returns:
         Rotated and scaled queries [tokens, heads, head_dim], rotated keys and values [tokens, kv_heads, head_dim].
     """
-    states = layer.qkv(normed(hidden, layer.norm, layer.eps)).view(hidden.shape[0], -1, layer.cos.shape[-1])
+    inputs = normed(hidden, layer.norm, layer.eps)
+    if beside is not None and layer.beside_norm is not None:
+        inputs = torch.cat((normed(beside, layer.beside_norm, layer.eps), inputs), dim=1)
+    states = layer.qkv(inputs).view(hidden.shape[0], -1, layer.cos.shape[-1])
     queries, keys, values = torch.split(states, [layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
     if layer.query_norm is not None:
         queries = normed(queries, layer.query_norm, layer.eps)
@@ -141,20 +150,24 @@ def choose(
     return select_blocks(scores, budget, budget.blocks(start))
 
 
-def attention_half(hidden: Tensor, layer: Attention, sequences: Sequence[Rows]) -> Tensor:
+def attention_half(hidden: Tensor, layer: Attention, sequences: Sequence[Rows], beside: Tensor | None = None) -> Tensor:
     """hidden + output(attention(norm(hidden))); keys and values enter the caches.
 
     Args:
         hidden: [tokens, hidden].
         layer: weights.
         sequences: own the tokens one after the other.
+        beside: as in :func:`project`.
 
     Returns:
         [tokens, hidden] in fp64.
     """
-    groups, mixed = layer.heads // layer.kv_heads, []
-    for own, sequence in zip(torch.split(hidden, [one.count for one in sequences]), sequences, strict=True):
-        queries, keys, values = project(own, layer, sequence.positions)
+    groups, mixed, first = layer.heads // layer.kv_heads, [], 0
+    for sequence in sequences:
+        part = slice(first, first + sequence.count)
+        first = part.stop
+        other = None if beside is None else beside[part]
+        queries, keys, values = project(hidden[part], layer, sequence.positions, other)
         _store(sequence, keys, values)
         length, selection = sequence.start + sequence.count, sequence.selection
         attended = naive.block_attention(

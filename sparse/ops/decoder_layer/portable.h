@@ -39,35 +39,38 @@ struct Sight {
   }
 };
 
-// Strips in the order of their memory, to be fetched a few lines at a time while others are computed.
+// Lines of the strips that come next, fetched a few at a time while others are computed: in the order of their memory
+// where the strips are a whole page, else strip by strip.
 class Fetcher {
  public:
   Fetcher(const Strip* strips, int64_t number, int64_t head_dim, int64_t size, int64_t steps)
-      : strips_(strips), number_(number), width_(head_dim * size), key_lines_(head_dim),
-        value_lines_(kStrip * head_dim * size / 64), portion_(std::min<int64_t>(8, number * (key_lines_ + value_lines_) / std::max<int64_t>(steps, 1))) {}
+      : strips_(strips), row_(kPage * size), key_lines_(head_dim), lines_(key_lines_ + kStrip * head_dim * size / 64) {
+    const auto* last = number ? static_cast<const char*>(strips[number - 1].keys) : nullptr;
+    if (number == kChunk && last == static_cast<const char*>(strips[0].keys) + (kChunk - 1) * kStrip * size) {
+      row_ = 64;
+      key_lines_ = kPage * head_dim * size / 64;
+      lines_ = 2 * key_lines_;
+      number = 1;
+    }
+    left_ = number * lines_;
+    portion_ = std::min<int64_t>(kMost, (left_ + steps - 1) / std::max<int64_t>(steps, 1));
+  }
 
   // One of `steps` portions.
   void step() {
-    for (int64_t left = portion_; left > 0 && strip_ < number_; left--) {
-      const Strip& strip = strips_[strip_];
-      if (line_ == 0 && follows()) line_ = key_lines_;
+    for (int64_t i = std::min(portion_, left_); i > 0; i--, left_--) {
       const bool key = line_ < key_lines_;
-      const auto* from = static_cast<const char*>(key ? strip.keys : strip.values);
-      __builtin_prefetch(from + (key ? line_ * kPage * (width_ / key_lines_) : (line_ - key_lines_) * 64), 0, 2);
-      if (++line_ == key_lines_ + value_lines_) line_ = 0, strip_++;
+      const auto* from = static_cast<const char*>(key ? strips_->keys : strips_->values);
+      __builtin_prefetch(from + (key ? line_ * row_ : (line_ - key_lines_) * 64), 0, 2);
+      if (++line_ == lines_) line_ = 0, strips_++;
     }
   }
 
  private:
-  // Whether the keys lie in the lines of the strip before.
-  bool follows() const {
-    if (strip_ % 2 == 0) return false;
-    const auto* before = static_cast<const char*>(strips_[strip_ - 1].keys);
-    return static_cast<const char*>(strips_[strip_].keys) == before + kStrip * width_ / key_lines_;
-  }
+  static constexpr int64_t kMost = 6;  // lines at a time; more of them wait for each other
 
   const Strip* strips_;
-  int64_t number_, width_, key_lines_, value_lines_, portion_, strip_ = 0, line_ = 0;
+  int64_t row_, key_lines_, lines_, left_ = 0, portion_ = 0, line_ = 0;
 };
 
 struct Portable {

@@ -179,22 +179,26 @@ struct Tiled {
   // Pairs of positions in the order of the scores, 32 channels of both interleaved in two tiles. Positions that are not
   // valid count as zeros, whatever the memory holds.
   static void pack_values(const Strip* strips, int64_t number, int64_t steps, int64_t stride, uint16_t* out) {
-    for (int64_t s = 0; s < number; s += 2, out += stride)
-      for (int64_t pair = 0; pair < 16; pair++) {
-        const int64_t first = pair % 8 / 2 * 8 + pair % 2 * 2 + pair / 8 * 4, at = first % kStrip;
-        const bool present = s + first / kStrip < number;
-        const Strip& strip = strips[present ? s + first / kStrip : s];
-        const int64_t valid = present ? strip.count : 0, head_dim = steps * kStep;
-        const auto* from = static_cast<const uint16_t*>(strip.values) + at * head_dim;
-        const __mmask32 one_valid = at < valid ? ~0u : 0, two_valid = at + 1 < valid ? ~0u : 0;
-        for (int64_t step = 0; step < steps; step++) {
+    const int64_t head_dim = steps * kStep;
+    for (int64_t s = 0; s < number; s++) {
+      const Strip& strip = strips[s];
+      const auto* from = static_cast<const uint16_t*>(strip.values);
+      for (int64_t at = 0; at < kStrip; at += 2, from += 2 * head_dim) {
+        const int64_t place = s % 2 * kStrip + at, pair = place / 8 * 2 + place % 4 / 2 + place % 8 / 4 * 8;
+        const __mmask32 one_valid = at < strip.count ? ~0u : 0, two_valid = at + 1 < strip.count ? ~0u : 0;
+        uint16_t* to = out + s / 2 * stride + pair * kStep;
+        for (int64_t step = 0; step < steps; step++, to += 2 * kTile) {
           const __m512i one = _mm512_maskz_loadu_epi16(one_valid, from + step * kStep);
           const __m512i two = _mm512_maskz_loadu_epi16(two_valid, from + head_dim + step * kStep);
-          uint16_t* to = out + step * 2 * kTile + pair * kStep;
           _mm512_storeu_si512(to, _mm512_unpacklo_epi16(one, two));
           _mm512_storeu_si512(to + kTile, _mm512_unpackhi_epi16(one, two));
         }
       }
+    }
+    if (number % 2 == 0) return;
+    for (int64_t tile = 0; tile < 2 * steps; tile++)  // the half of a span that is missing
+      for (int64_t pair = 4; pair < 16; pair += pair % 8 == 7 ? 5 : 1)
+        _mm512_storeu_si512(out + number / 2 * stride + tile * kTile + pair * kStep, _mm512_setzero_si512());
   }
 
   static uint32_t bits(const Strip* strips, int64_t left, const Sight& sight, int64_t row) {
