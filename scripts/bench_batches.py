@@ -28,7 +28,8 @@ from harness.engine.model import loading
 from harness.engine.model.families import adapt
 from harness.engine.model.step import Step
 from harness.timing import Clock, make_clock
-from scripts.bench import Arm, alternate, prompt_tokens, ratio
+from scripts.bench.measure import Arm, alternate, ratio
+from scripts.bench.setting import prompt_tokens
 from sparse.budget import AttentionBudget, Sparsity
 
 _LEAST_EQUAL = 0.5
@@ -170,7 +171,8 @@ def _report(
     found: dict[str, Any] = {"batch": batch}
     for kind, tokens in produced.items():
         alone, together = (tokens / statistics.median(times[f"{kind} {size}"]) for size in (1, batch))
-        middle, low, high = ratio(times, f"{kind} 1", f"{kind} {batch}")
+        spread = ratio(times, f"{kind} 1", f"{kind} {batch}")
+        middle, low, high = spread.median, spread.p10, spread.p90
         table.add_row(
             kind, f"{alone:.1f}", f"{together:.1f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{equal[kind]:.0%}"
         )

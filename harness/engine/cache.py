@@ -26,6 +26,7 @@ class KVCache:
         dtype, device: of keys, values and summaries.
         block_size: positions per summarised block; a divisor of the page.
         summaries: which of ``sparse.scoring.SUMMARIES`` to keep.
+        row_major: the channels of a key lie together in memory, as GPU kernels like it; the shape stays.
 
     Raises:
         ValueError: a block size that does not divide the page, or a capacity below one.
@@ -43,6 +44,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         block_size: int = 16,
         summaries: tuple[str, ...] = (),
+        row_major: bool = False,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: a cache needs at least one position")
@@ -53,7 +55,10 @@ class KVCache:
         self.block_size = block_size
         self.lengths = [0] * batch
         self._summarised = [0] * batch
-        self._keys = torch.zeros(layers, batch, pages, kv_heads, head_dim, PAGE, dtype=dtype, device=device)
+        inner = (PAGE, head_dim) if row_major else (head_dim, PAGE)
+        self._keys = torch.zeros(layers, batch, pages, kv_heads, *inner, dtype=dtype, device=device)
+        if row_major:
+            self._keys = self._keys.transpose(-1, -2)
         self._values = torch.zeros(layers, batch, pages, kv_heads, PAGE, head_dim, dtype=dtype, device=device)
         blocks = self.capacity // block_size
         self._summaries = {

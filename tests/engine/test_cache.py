@@ -11,7 +11,7 @@ from sparse.scoring import SUMMARIES, summarise_blocks
 LAYERS, BATCH, HEADS, DIM = 2, 2, 2, 4
 
 
-def make(block_size: int = 16, capacity: int = 2 * PAGE) -> KVCache:
+def make(block_size: int = 16, capacity: int = 2 * PAGE, row_major: bool = False) -> KVCache:
     return KVCache(
         layers=LAYERS,
         batch=BATCH,
@@ -21,6 +21,7 @@ def make(block_size: int = 16, capacity: int = 2 * PAGE) -> KVCache:
         dtype=torch.float32,
         block_size=block_size,
         summaries=SUMMARIES,
+        row_major=row_major,
     )
 
 
@@ -57,12 +58,13 @@ def check(cache: KVCache, truth: list[torch.Tensor]) -> None:
     steps=st.lists(
         st.tuples(st.integers(0, BATCH - 1), st.integers(1, 90), st.floats(0, 1), st.booleans()), max_size=14
     ),
+    row_major=st.booleans(),
 )
 def test_any_sequence_of_accepts_and_rejects_equals_a_recomputation(
-    block_size: int, steps: list[tuple[int, int, float, bool]]
+    block_size: int, steps: list[tuple[int, int, float, bool]], row_major: bool
 ) -> None:
     torch.manual_seed(0)
-    cache = make(block_size)
+    cache = make(block_size, row_major=row_major)
     truth = [torch.zeros(LAYERS, 0, HEADS, DIM) for _ in range(BATCH)]
     for row, count, kept, refreshed in steps:
         count = min(count, cache.capacity - cache.lengths[row])
@@ -80,13 +82,14 @@ def test_any_sequence_of_accepts_and_rejects_equals_a_recomputation(
 @given(
     block_size=st.sampled_from((16, 32, 64)),
     steps=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans()), max_size=10),
+    row_major=st.booleans(),
 )
 def test_keeping_a_branch_of_a_tree_equals_writing_it_alone(
-    block_size: int, steps: list[tuple[int, int, bool]]
+    block_size: int, steps: list[tuple[int, int, bool]], row_major: bool
 ) -> None:
     """The tokens that are kept move together, over page borders too; what was between them is gone."""
     torch.manual_seed(1)
-    cache = make(block_size)
+    cache = make(block_size, row_major=row_major)
     truth = [torch.zeros(LAYERS, 0, HEADS, DIM) for _ in range(BATCH)]
     for count, choice, refreshed in steps:
         before = cache.lengths[1]

@@ -48,12 +48,16 @@ def test_what_needs_the_host_is_refused(sparsity: Sparsity, named: str) -> None:
     assert store.lengths == [0]
 
 
-def test_probes_and_channels_of_experts_are_refused() -> None:
+def test_channels_of_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="ffn=topk in a model with experts"):
         DeviceStep.check(Sparsity(ffn=FfnBudget("topk", 0.5)), experts=True)
+
+
+def test_passes_with_a_probe_run_with_torch_operators() -> None:
     step = DeviceStep(tiny("llama"))
-    with pytest.raises(ValueError, match="a probe"):
-        step.run([Segment(0, [1])], step.new_cache(300, AttentionBudget()), Verification(probe=Probe()))
+    run = Verification(probe=Probe())
+    step.run([Segment(0, [1])], step.new_cache(300, AttentionBudget()), run)
+    assert run.trace.paths["dense_attention.torch"] == len(step.weights.layers)
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness import build, runner
-from harness.engine.model import attention, shapes
+from harness.engine.model import attention, compiled_step, shapes
 from harness.evidence import provenance
 from harness.schema import Config, resolve
 from sparse import experts
 from sparse.budget import FfnBudget, ReuseBudget
+from sparse.ops.decoder_layer import native
 
+SPARSE = f"block_attention.{'native' if native.available(torch.float32) else 'torch'}"
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     *("model=shape", "model.arch=smollm2_135m", "model.layers=2", "model.dtype=float32", "track=none"),
@@ -73,9 +76,9 @@ def test_a_run_stores_what_the_contract_says(
     assert [row["output_ids"] for row in by_arm["ar"]] == [row["output_ids"] for row in by_arm["dense"]]
     assert summary["compare"]["fidelity"]["noise_floor"]["identical"] == 1
     assert summary["arms"]["sparse"]["density"]["attention"] < 0.5 < summary["arms"]["dense"]["density"]["attention"]
-    assert summary["paths"]["block_attention.torch"] > 0 and summary["ceiling"]["sparse_vs_dense"] > 1
-    assert all(row["paths"].get("block_attention.torch", 0) == 0 for row in by_arm["dense"])
-    assert all(row["paths"]["block_attention.torch"] == 2 * row["steps"] for row in by_arm["sparse"])
+    assert summary["paths"][SPARSE] > 0 and summary["ceiling"]["sparse_vs_dense"] > 1
+    assert all(row["paths"].get(SPARSE, 0) == 0 for row in by_arm["dense"])
+    assert all(row["paths"][SPARSE] == 2 * row["steps"] for row in by_arm["sparse"])
     assert summary["arms"]["sparse_ar"]["acceptance_length"]["pooled"] == 1
 
 
@@ -117,7 +120,8 @@ def test_other_sources_make_a_stored_run_stale(
 @pytest.mark.parametrize(
     "broken, overrides, counter",
     [
-        ((attention, "_choose", lambda run, layer, row, view: (None, 0)), (), "block_attention"),
+        ((attention, "known", lambda run, layer, row, start: (None, 0)), ("engine=eager",), "block_attention"),
+        ((compiled_step, "known", lambda run, layer, row, start: (None, 0)), (), "block_attention"),
         ((FfnBudget, "applies", lambda *_: False), ("ffn=topk",), "sparse_ffn"),
         ((ReuseBudget, "retrieves", lambda *_: True), ("reuse=anchors",), "reuse.anchor"),
         ((ReuseBudget, "skips", lambda *_: False), ("reuse=skips", "reuse.skip_layers=[1]"), "reuse.skip_retrieval"),
@@ -127,7 +131,7 @@ def test_other_sources_make_a_stored_run_stale(
             "experts.restricted",
         ),
     ],
-    ids=["attention", "ffn", "anchors", "skips", "experts"],
+    ids=["attention", "compiled", "ffn", "anchors", "skips", "experts"],
 )
 def test_a_mechanism_that_never_ran_makes_the_run_invalid(
     configured: Callable[..., Config],

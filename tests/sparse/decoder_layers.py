@@ -68,12 +68,14 @@ def attention(
     head_dim: int = 64,
     norms: bool = False,
     bias: bool = False,
+    beside: bool = False,
 ) -> Half:
     """Random weights; what they add to a hidden state is about as large as the state."""
     heads, eps, scale = kv_heads * groups, 1e-5, head_dim**-0.5
     outputs, mixed = (heads + 2 * kv_heads) * head_dim, heads * head_dim
+    inputs = 2 * hidden if beside else hidden
     qkv = naive.Linear(
-        normal(outputs, hidden, scale=1.3 * hidden**-0.5, dtype=dtype), normal(outputs, dtype=dtype) if bias else None
+        normal(outputs, inputs, scale=1.3 * inputs**-0.5, dtype=dtype), normal(outputs, dtype=dtype) if bias else None
     )
     output = naive.Linear(
         normal(hidden, mixed, scale=6 * mixed**-0.5, dtype=dtype), normal(hidden, dtype=dtype) if bias else None
@@ -84,9 +86,10 @@ def attention(
     cos, sin = torch.cat((angles, angles), 1).cos(), torch.cat((-angles.sin(), angles.sin()), 1)
     norm, cos, sin = (1 + normal(hidden, scale=0.3)).to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)
     maps = (native.PackedLinear(one.weight, one.bias) for one in (qkv, output))
-    sizes = {"heads": heads, "kv_heads": kv_heads, "eps": eps, "scale": scale}
-    truth = naive.Attention(norm, qkv, output, query_norm, key_norm, cos, sin, **sizes)  # type: ignore[arg-type]
-    layer = native.AttentionLayer(norm, *maps, query_norm, key_norm, cos, sin, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "eps": eps, "scale": scale}
+    sizes["beside_norm"] = (1 + normal(hidden, scale=0.3)).to(dtype) if beside else None
+    truth = naive.Attention(norm, qkv, output, query_norm, key_norm, cos, sin, **sizes)
+    layer = native.AttentionLayer(norm, *maps, query_norm, key_norm, cos, sin, **sizes)
     return Half(truth, layer, dtype, hidden, head_dim)
 
 
@@ -210,12 +213,16 @@ def segments_of(sequences: Sequence[OneSequence]) -> tuple[Any, list[Any]]:
 
 
 def attend(
-    half: Half, hidden: Tensor, sequences: Sequence[OneSequence], parts: Sequence[int] = (native.PROJECT | native.MIX,)
+    half: Half,
+    hidden: Tensor,
+    sequences: Sequence[OneSequence],
+    parts: Sequence[int] = (native.PROJECT | native.MIX,),
+    beside: Tensor | None = None,
 ) -> Tensor:
     """The attention half of all sequences by the kernels, one call for each of ``parts``."""
     found, (segments, keep) = hidden.clone(), segments_of(sequences)
     for part in parts:
         jobs = native.Jobs()
-        jobs.attend(half.layer, segments, block_size=sequences[0].block_size, parts=part, keep=keep)
+        jobs.attend(half.layer, segments, block_size=sequences[0].block_size, parts=part, beside=beside, keep=keep)
         jobs.run(found)
     return found

@@ -67,6 +67,7 @@ def test_a_linear_map_equals_the_reference(
     assert packed.paired == (paired and outputs % 32 == 0) and packed.outputs == outputs
     sizes = naive.Linear(weight.abs(), None if added is None else added.abs())
     limit = 1e-6 if dtype is torch.float32 else 1.01 * 2**-8
+    assert packed(normal(0, inputs, dtype=dtype)).shape == (0, outputs)
     for count in ROWS:
         rows = normal(2 * count, inputs, dtype=dtype)[::2]
         found = packed(rows)
@@ -373,7 +374,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype, threads
         stored = [prompt[0].stored(cache) for cache in caches]
         return torch.cat(outputs), torch.cat(stored)
 
+    torch.set_num_threads(1)
     expected = run([1] * total, 0)
+    torch.set_num_threads(threads)
     assert all(part.isfinite().all() for part in expected)
     for sizes in ([total], [7] * 8 + [5], [16, 17, 28], [33, 28], [2, 15, 44]):
         for beside in (0, other):

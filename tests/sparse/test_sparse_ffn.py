@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -319,48 +318,8 @@ def test_the_switch_turns_the_kernel_off(reloaded: None, monkeypatch: pytest.Mon
     assert relative_error(found, net.truth(net.chosen(channels))) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
-def test_without_a_working_compiler_torch_operators_run(
-    compiler: str,
-    reloaded: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("SPARSE_VERIFICATION_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", compiler)
-    assert eager.path(network(1, 8, 5).weights) == eager.TORCH_PATH
-    assert "unavailable" in caplog.text
-    assert list((tmp_path / "native").iterdir()) == []
-
-
 def test_a_kernel_that_computes_nonsense_is_not_used(reloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernels()
     native.load.cache_clear()
     monkeypatch.setattr(native, "_call", lambda kernels, variant, rows, *others: torch.zeros_like(rows))
     assert not native.available(torch.float32)
-
-
-def test_a_killed_build_and_a_broken_library_block_nobody(
-    reloaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need_kernels()
-    native.load.cache_clear()
-    monkeypatch.setenv("SPARSE_VERIFICATION_CACHE", str(tmp_path))
-    library = build.library_path("sparse_ffn", Path(native.__file__).parent, native._SOURCES)
-    assert library.parent == build.cache_folder() == tmp_path / "native"
-    (library.parent / "build-killed").mkdir(parents=True)
-    library.write_bytes(b"")
-    assert native.available(torch.bfloat16)
-    assert {path.name for path in library.parent.iterdir()} == {"build-killed", library.name}
-    native.load.cache_clear()
-    monkeypatch.setattr(build, "_build", lambda library, source: pytest.fail("built twice"))
-    assert native.available(torch.bfloat16)
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SPARSE_VERIFICATION_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert build.cache_folder() == Path("/somewhere/sparse-verification/native")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build.cache_folder() == Path.home() / ".cache/sparse-verification/native"

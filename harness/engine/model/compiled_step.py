@@ -2,8 +2,9 @@
 
 What is chosen, remembered and counted is decided here exactly as in the eager step; the arithmetic waits in a queue,
 and layers that follow each other run in one call. A layer or a setting that the kernels do not cover runs with torch
-operators, which the counters of paths tell. Rows do not depend on each other's number: without sparsity a verification
-step gives every token the very bits that autoregressive decoding gives it, in bf16 too.
+operators, which the counters of paths tell. Rows do not depend on each other's number: without sparsity a step that
+verifies a chain gives every token the very bits that autoregressive decoding gives it, in bf16 too. In a tree, a branch
+that does not lie right behind the root adds the same numbers up in another order.
 """
 
 from __future__ import annotations
@@ -145,8 +146,10 @@ class CompiledStep(Step):
         self._jobs.feed_forward(layer)
         ffn = self.weights.layers[number].ffn
         assert ffn is not None
-        run.trace.paths[f"{ffn_op.DENSE}.{NATIVE}"] += 1
-        run.trace.ffn(number, width=ffn.width, gates=ffn.width, channels=ffn.width, rows=hidden.shape[0])
+        parts = [hidden.shape[0]] if sparsity.shares_nothing else [part.stop - part.start for _, part, _ in batch.parts]
+        for rows in parts:  # counted as the layers beside it are, which choose for each sequence alone
+            run.trace.paths[f"{ffn_op.DENSE}.{NATIVE}"] += 1
+            run.trace.ffn(number, width=ffn.width, gates=ffn.width, channels=ffn.width, rows=rows)
         return hidden
 
     def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Batch]:

@@ -141,6 +141,7 @@ class DeviceStep(Step):
             raise ValueError(f"engine=cuda_graph needs a GPU, the model is on {weights.device} (valid: engine=eager)")
         if any(layer.moe is not None and layer.moe.stacked is None for layer in weights.layers):
             raise ValueError("engine=cuda_graph needs stacked expert weights in every layer with experts")
+        self.row_major = weights.device.type == "cuda"
         self._graphs = graphs
         self._captured: WeakKeyDictionary[KVCache, OrderedDict[Form, _Captured]] = WeakKeyDictionary()
         self._pool = torch.cuda.graph_pool_handle() if capture and weights.device.type == "cuda" else None
@@ -162,14 +163,14 @@ class DeviceStep(Step):
 
         Args:
             segments, cache, last: as for the parent; a sequence runs at most ``device_form.MOST_TOKENS`` tokens.
-            run: budgets that :meth:`check` accepts, without a probe.
+            run: budgets that :meth:`check` accepts; one with a probe runs as the parent's does.
 
         Raises:
-            ValueError: as the parent's; a budget, a probe or a number of tokens that a captured step does not take.
+            ValueError: as the parent's; a budget or a number of tokens that a captured step does not take.
         """
         run = Verification() if run is None else run
         if run.probe is not None:
-            raise ValueError("a probe looks into layers and does not run with engine=cuda_graph (engine=eager runs it)")
+            return super().run(segments, cache, run, last)
         order = sorted(range(len(segments)), key=lambda number: segments[number].row)
         placed = [segments[number] for number in order]
         sizes = Sizes(tuple(cache.lengths[one.row] for one in placed), tuple(len(one.tokens) for one in placed))

@@ -71,6 +71,9 @@ class Step:
         taps: layers whose input features are wanted, for drafters that read them.
     """
 
+    row_major = False
+    """Whether its caches keep the channels of a key together."""
+
     def __init__(self, weights: ModelWeights, taps: tuple[int, ...] = ()) -> None:
         self.weights = weights
         self.taps = frozenset(taps)
@@ -97,6 +100,7 @@ class Step:
             device=self.weights.device,
             block_size=(scoring or [budget])[0].block_size,
             summaries=tuple(dict.fromkeys(name for one in scoring for name in one.summaries)),
+            row_major=self.row_major,
         )
 
     @torch.inference_mode()

@@ -129,7 +129,7 @@ def gather_blocks(keys: Tensor, values: Tensor, blocks: Tensor, block_size: int)
     key_base, key_head, value_base, value_head = _block_offsets(pages, heads, head_dim, page // block_size, keys.device)
     key_rows = (key_base[blocks][:, None, :] + key_head).view(-1)
     value_rows = (value_base[blocks] + value_head).view(-1)
-    picked_keys = keys.view(-1, block_size).index_select(0, key_rows).view(heads, head_dim, -1)
+    picked_keys = keys.reshape(-1, block_size).index_select(0, key_rows).view(heads, head_dim, -1)
     picked_values = values.view(-1, block_size * head_dim).index_select(0, value_rows).view(heads, -1, head_dim)
     return picked_keys, picked_values
 

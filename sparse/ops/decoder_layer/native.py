@@ -2,7 +2,7 @@
 
 One call runs the halves of as many layers as follow each other: norm, projections, rotation, storing, choice of
 blocks, attention and output map; norm and feed-forward network; with no operator dispatched in between. Weights are
-packed in the order in which they are read. What a row gets does not depend on the rows beside it: steps of different
+packed in the order in which they are read. What a row gets does not depend on the rows beside it: chains of different
 lengths agree bit by bit.
 """
 

@@ -24,7 +24,7 @@ struct Tiled {
     std::fill_n(shapes.bytes, 8, uint16_t{64});
     std::fill_n(shapes.rows, 6, static_cast<uint8_t>(std::min(rows, kTileRows)));
     std::fill_n(shapes.rows + 6, 2, uint8_t{16});
-    _tile_loadconfig(&shapes);
+    native::load_shapes(shapes);
   }
 
   static void end() { _tile_release(); }

@@ -29,6 +29,13 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+// Loads tile shapes. GCC takes the instruction to read the first eight bytes only and may leave out the stores to the
+// others, so they are made to happen first.
+inline void load_shapes(const TileShapes& shapes) {
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+}
+
 // 2^x by a polynomial on [-1/2, 1/2] with a relative error below 2e-7.
 inline __m512 power_of_two(__m512 x) {
   constexpr float kSeries[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,

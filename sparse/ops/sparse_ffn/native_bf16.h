@@ -200,12 +200,12 @@ struct TilesOf : Steps {
       std::fill_n(shapes.bytes, 8, uint16_t{64});
       std::fill_n(shapes.rows, 8, uint8_t{16});
       if (!kGated) std::fill_n(shapes.rows + 5, 3, static_cast<uint8_t>(height));
-      _tile_loadconfig(&shapes);
+      load_shapes(shapes);
       alignas(64) Factors factors = {};
       project_up(row, height, from, to, end, factors);
       if (kGated) {
         std::fill_n(shapes.rows + 5, 3, static_cast<uint8_t>(height));
-        _tile_loadconfig(&shapes);
+        load_shapes(shapes);
       }
       project_down(from, to, factors, sums + row * stride, stride);
       _tile_release();

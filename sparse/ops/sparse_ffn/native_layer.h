@@ -20,7 +20,7 @@ struct Gates : TilesOf<false> {
       TileShapes shapes;
       std::fill_n(shapes.bytes, 8, uint16_t{64});
       std::fill_n(shapes.rows, 8, uint8_t{16});
-      _tile_loadconfig(&shapes);
+      load_shapes(shapes);
       for (int64_t first = from; first < to; first += kBlock) one(gate, first, to, row, activations);
       _tile_release();
     }
