@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--drafts", default="1,7,chain16,tree60", help="tokens of a step (default %(default)s)")
     what.add_argument("--batches", default="1", help="sequences in a step (default %(default)s)")
     what.add_argument(
-        "--engine", default="eager", help="eager, compiled, cuda_graph; several alternate (default eager)"
+        "--engine", default="compiled", help="eager, compiled, cuda_graph; several alternate (default compiled)"
     )
     what.add_argument("--arms", default="all", help="dense, sparse, anchors, ffn, experts, hybrid (default all)")
     model = made.add_argument_group("model")

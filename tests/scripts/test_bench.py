@@ -74,7 +74,7 @@ def test_every_cell_is_timed_and_stored(tmp_path, capsys):
     assert list(line["ratios"]) == [
         "context 200, batch 1", "context 130, batch 1", "context 200, batch 2", "context 130, batch 2"
     ]  # fmt: skip
-    middle, low, high, limit = line["ratios"]["context 200, batch 1"]["sparse 7 eager / dense 7 eager"]
+    middle, low, high, limit = line["ratios"]["context 200, batch 1"]["sparse 7 compiled / dense 7 compiled"]
     assert low <= middle <= high and limit == pytest.approx(sparse.bytes / dense.bytes, abs=1e-4)
     assert "model        tiny, float32" in printed.out
 
@@ -104,12 +104,12 @@ def test_operators_and_parts_of_a_model_with_experts(tmp_path, capsys):
 def test_growth_is_measured_and_drawn_from_its_file_alone(tmp_path, capsys):
     code, line, _ = run(tmp_path, capsys, "--suite=growth", "--contexts=100,200,300", "--drafts=1,5")
     assert code == 0
-    assert set(line["growth"]) == {"dense 1 eager", "sparse 1 eager", "dense 5 eager", "sparse 5 eager"}
+    assert set(line["growth"]) == {"dense 1 compiled", "sparse 1 compiled", "dense 5 compiled", "sparse 5 compiled"}
     found = records.read(tmp_path / "bench" / growth.FILE, StepRow)
     assert len(found) == 12
     dense = {row.context: row.bytes for row in found if (row.arm, row.rows) == ("dense", 5)}
     sparse = {row.context: row.bytes for row in found if (row.arm, row.rows) == ("sparse", 5)}
-    assert line["growth"]["dense 5 eager"][3] == pytest.approx(dense[300] / dense[100], abs=1e-4)
+    assert line["growth"]["dense 5 compiled"][3] == pytest.approx(dense[300] / dense[100], abs=1e-4)
     assert sparse[300] - sparse[100] < 0.2 * (dense[300] - dense[100])
     figure = tmp_path / "figures" / "growth.png"
     figure.unlink()
