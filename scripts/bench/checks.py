@@ -28,6 +28,9 @@ OPERATOR_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 
 """Of one operator on random queries."""
 _STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Of the logits of the median token: rounding grows over the layers."""
+_CHANNEL_TOLERANCE = 0.1
+"""The same where 16-bit magnitudes choose channels: at the edge of a budget many are equal, and up to a twentieth of the
+channels, which moves a layer's output by up to 0.11 of its norm, is chosen by rounding."""
 _CHANGED, _MOST_TOKENS = 0.2, 0.8
 """What so many of the tokens must stay below, though their blocks or channels may have changed places."""
 _ALONE = 5
@@ -155,7 +158,10 @@ def _engines(setting: Setting, context: int, batch: int, caches: dict[str, KVCac
                 for engine in (first, name)
             )
             distances.append((own - truth).norm(dim=-1) / truth.norm(dim=-1))
-        found += _parted(f"{axis} {shape.name} {name}", torch.cat(distances), setting.weights.dtype)
+        allowed = _STEP_TOLERANCE[setting.weights.dtype]
+        if setting.weights.dtype is not torch.float32 and not sparsity.ffn.is_dense:
+            allowed = _CHANNEL_TOLERANCE
+        found += _parted(f"{axis} {shape.name} {name}", torch.cat(distances), allowed)
     return found
 
 
@@ -172,10 +178,10 @@ def _left_out(setting: Setting, sparsity: Sparsity) -> list[frozenset[int]]:
     return [frozenset(range(layers)) - {layer} for layer in alone]
 
 
-def _parted(what: str, distances: Tensor, dtype: torch.dtype) -> list[str]:
+def _parted(what: str, distances: Tensor, allowed: float) -> list[str]:
     """Whether the median token is off by more than rounding, or many by more than a changed choice explains."""
     middle, most = float(distances.median()), float(distances.sort().values[int(_MOST_TOKENS * len(distances))])
-    if middle < _STEP_TOLERANCE[dtype] and most < _CHANGED and bool(distances.isfinite().all()):
+    if middle < allowed and most < _CHANGED and bool(distances.isfinite().all()):
         return []
     return [f"{what}: the median token is off the reference by {middle:.1e} of its norm, a fifth by {most:.1e} or more"]
 

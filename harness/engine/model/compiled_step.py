@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.engine.cache import PAGE, KVCache
 from harness.engine.model.attention import Choice, chosen, count_attention, known, retrieved
 from harness.engine.model.families import LayerWeights, ModelWeights
+from harness.engine.model.feed_forward import count_channels
 from harness.engine.model.probe import AttentionView
 from harness.engine.model.step import Batch, Segment, Step
 from harness.engine.model.verification import Verification
@@ -59,7 +60,9 @@ class CompiledStep(Step):
         super().__init__(weights, taps)
         self._attention = [self._attention_layer(layer) for layer in weights.layers]
         self._feed_forward = [self._feed_forward_layer(layer) for layer in weights.layers]
+        self._sparse_ffn = [self._sparse_layer(layer) for layer in weights.layers]
         self._jobs = native.Jobs()
+        self._uncounted: list[tuple[int, Tensor, int, int]] = []
         self._sequences: _Sequences | None = None
 
     @property
@@ -100,6 +103,13 @@ class CompiledStep(Step):
             return None
         return native.FeedForwardLayer(layer.ffn_norm, ffn.gate_up, ffn.down, self.weights.eps)
 
+    def _sparse_layer(self, layer: LayerWeights) -> native.SparseFeedForwardLayer | None:
+        """The feed-forward half with chosen channels for the kernels, or None where they do not cover it."""
+        ffn = layer.ffn
+        if ffn is None or ffn.channels is None or not isinstance(ffn.gate, native.PackedLinear):
+            return None
+        return native.SparseFeedForwardLayer(layer.ffn_norm, ffn.gate, ffn.channels, self.weights.eps)
+
     def _attention_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         layer, budget = self._attention[number], run.sparsity.attention
         if layer is None or run.probe is not None:
@@ -139,6 +149,8 @@ class CompiledStep(Step):
 
     def _feed_forward_half(self, run: Verification, number: int, hidden: Tensor, batch: Batch) -> Tensor:
         layer, sparsity = self._feed_forward[number], run.sparsity
+        if self._chooses(run, number, batch):
+            return self._choose_channels(run, number, hidden, batch)
         skipped = sparsity.ffn.applies(number) or sparsity.reuse.skips("ffn", number)
         if layer is None or skipped or run.probe is not None:
             self._finish(run, hidden)
@@ -152,22 +164,43 @@ class CompiledStep(Step):
             run.trace.ffn(number, width=ffn.width, gates=ffn.width, channels=ffn.width, rows=rows)
         return hidden
 
+    def _chooses(self, run: Verification, number: int, batch: Batch) -> bool:
+        """Whether the kernel chooses the channels of a layer: one sequence, one set for its tokens, nothing reused."""
+        budget, reuse = run.sparsity.ffn, run.sparsity.reuse
+        if self._sparse_ffn[number] is None or run.probe is not None or len(batch.parts) > 1:
+            return False
+        reused = reuse.skips("ffn", number) or reuse.skips("channels", number)
+        return budget.applies(number) and budget.shared and not reused
+
+    def _choose_channels(self, run: Verification, number: int, hidden: Tensor, batch: Batch) -> Tensor:
+        layer, budget, rows = self._sparse_ffn[number], run.sparsity.ffn, hidden.shape[0]
+        assert layer is not None
+        choice = ffn_op.choice_of(budget, number, layer.width, rows, batch.parts[0][2])
+        chosen = self._jobs.sparse_feed_forward(
+            layer, ranked=choice.ranked, survival=choice.survival, keep=choice.keep, threshold=choice.threshold
+        )
+        self._uncounted.append((number, chosen, layer.width, rows))
+        return hidden
+
     def _embed(self, segments: Sequence[Segment], cache: KVCache) -> tuple[Tensor, Batch]:
         """As its parent's; what a step that failed left in the queue is forgotten."""
         self._jobs = native.Jobs()
+        self._uncounted.clear()
         return super()._embed(segments, cache)
 
     def _finish(self, run: Verification, hidden: Tensor) -> None:
         """Run what waits in the queue."""
         if not len(self._jobs):
             return
-        if run.trace.clock is None:
-            self._jobs.run(hidden)
-            return
+        seconds = None if run.trace.clock is None else native.stage_seconds()
         run.trace.lap("linear")
-        seconds = native.stage_seconds()
         self._jobs.run(hidden, seconds)
-        run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
+        if seconds is not None:
+            run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
+        for number, channels, width, rows in self._uncounted:
+            run.trace.paths[ffn_op.FUSED_PATH] += 1
+            count_channels(run.trace, number, width, int(channels[0]), rows)
+        self._uncounted.clear()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.weights.head

@@ -88,7 +88,7 @@ def _sparse_ffn(
     if budget.shared and run.probe is None and not skips and ffn_op.fuses(weights):
         output, channels = ffn_op.fused_ffn(rows, weights, budget, layer, tree)
         trace.paths[ffn_op.FUSED_PATH] += 1
-        _count_channels(trace, layer, width, channels, rows)
+        count_channels(trace, layer, width, channels.shape[0], rows.shape[0])
         return output
     activations = ffn_op.activations(rows, weights)
     if run.probe is not None:
@@ -111,13 +111,14 @@ def _sparse_ffn(
         if memory is not None:
             memory.keep_channels(layer, channels)
     trace.paths[ffn_op.path(weights)] += 1
-    _count_channels(trace, layer, width, channels, rows)
+    count_channels(trace, layer, width, channels.shape[0], rows.shape[0])
     return ffn_op.sparse_ffn(rows, activations, weights, channels)
 
 
-def _count_channels(trace: Trace, layer: int, width: int, channels: Tensor, rows: Tensor) -> None:
-    trace.paths[DROPPED_PATH] += channels.shape[0] < width
-    trace.ffn(layer, width=width, gates=width, channels=channels.shape[0], rows=rows.shape[0])
+def count_channels(trace: Trace, layer: int, width: int, kept: int, rows: int) -> None:
+    """Count a layer that read all gates and ``kept`` of its channels for ``rows`` tokens."""
+    trace.paths[DROPPED_PATH] += kept < width
+    trace.ffn(layer, width=width, gates=width, channels=kept, rows=rows)
 
 
 def _moe(run: Verification, layer: int, weights: MoeWeights, rows: Tensor, tree: Tree | None) -> Tensor:

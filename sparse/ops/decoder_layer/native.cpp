@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "stages.h"
+#include "sparse_half.h"
 
 namespace decoder_layer {
 namespace {
@@ -222,6 +222,7 @@ void run_jobs(const Job* jobs, int64_t number, int64_t tokens, void* hidden, dou
   Laps laps(seconds);
   std::optional<AttentionHalf<B>> attention;
   std::optional<FeedForwardHalf<B>> feed_forward;
+  std::optional<SparseFeedForwardHalf<B>> sparse;
   std::atomic<bool> failed{false};
   together([&](int thread, Team& team) {
     for (const Job* job = jobs; job < jobs + number; job++) {
@@ -229,6 +230,8 @@ void run_jobs(const Job* jobs, int64_t number, int64_t tokens, void* hidden, dou
         try {
           if (job->attention)
             attention.emplace(*job, tokens, hidden);
+          else if (job->sparse)
+            sparse.emplace(*job, tokens, hidden);
           else
             feed_forward.emplace(*job->feed_forward, tokens, hidden);
         } catch (const std::bad_alloc&) {
@@ -239,10 +242,13 @@ void run_jobs(const Job* jobs, int64_t number, int64_t tokens, void* hidden, dou
       if (failed) return;
       if (job->attention) {
         attention_half(*attention, job->parts, laps, thread, team);
-      } else {
-        feed_forward->run(thread, team);
-        if (thread == 0) laps.lap(kFeedForward);
+        continue;
       }
+      if (job->sparse)
+        sparse->run(thread, team);
+      else
+        feed_forward->run(thread, team);
+      if (thread == 0) laps.lap(kFeedForward);
     }
   });
   if (failed) throw std::bad_alloc();

@@ -22,7 +22,10 @@ from torch.nn import functional
 
 from sparse.ops.native import build
 
-_SOURCES = ("native.cpp", "stages.h", "tiled.h", "portable.h", "team.h", "types.h")
+_SOURCES = (
+    *("native.cpp", "sparse_half.h", "stages.h", "tiled.h", "portable.h", "team.h", "types.h"),
+    *("../sparse_ffn/native.h", "../sparse_ffn/native_bf16.h", "../sparse_ffn/native_choice.h"),
+)
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 PAGE = 256
 """Positions per page of the caches that the kernels read."""
@@ -62,10 +65,17 @@ _Attention: Any = _structure(
     scale=_FLOAT,
 )
 _FeedForward: Any = _structure("FeedForward", **dict.fromkeys(("norm", "gate_up", "down"), _POINTER), eps=_FLOAT)
+_SparseFeedForward: Any = _structure(
+    "SparseFeedForward",
+    **dict.fromkeys(("norm", "gate", "channels"), _POINTER),
+    **dict.fromkeys(("hidden", "width"), _SIZE),
+    eps=_FLOAT,
+)
 _Job: Any = _structure(
     "Job",
-    **dict.fromkeys(("attention", "feed_forward", "segments", "beside"), _POINTER),
-    **dict.fromkeys(("number", "parts", "block_size", "reduce_max"), _SIZE),
+    **dict.fromkeys(("attention", "feed_forward", "sparse", "segments", "beside", "survival", "chosen"), _POINTER),
+    **dict.fromkeys(("number", "parts", "block_size", "reduce_max", "ranked", "keep"), _SIZE),
+    threshold=_FLOAT,
 )
 
 
@@ -202,6 +212,28 @@ class FeedForwardLayer:
         self.address = ctypes.addressof(self._layer)
 
 
+class SparseFeedForwardLayer:
+    """A layer's feed-forward half with chosen channels: all gates, up and down of the chosen ones (METHOD section 3).
+
+    Args:
+        norm: RMSNorm weight [hidden].
+        gate: [hidden] to [width], without bias.
+        channels: [width, 2 * hidden], contiguous: row of up and column of down of each channel.
+        eps: of the norm.
+
+    Attributes:
+        address: of the structure that the kernels take.
+        width: channels.
+    """
+
+    def __init__(self, norm: Tensor, gate: PackedLinear, channels: Tensor, eps: float) -> None:
+        self._kept = (norm, gate, channels)
+        self.width = channels.shape[0]
+        pointers = (norm.data_ptr(), gate.address, channels.data_ptr())
+        self._layer = _SparseFeedForward(*pointers, norm.shape[0], self.width, eps)
+        self.address = ctypes.addressof(self._layer)
+
+
 class Jobs:
     """Halves of layers waiting to be run together, so that nothing is dispatched in between."""
 
@@ -235,13 +267,59 @@ class Jobs:
                 for them.
             keep: what the segments point at and must live until the jobs have run.
         """
-        where = (ctypes.addressof(segments), None if beside is None else beside.data_ptr(), len(segments))
-        self._jobs.append((layer.address, None, *where, parts, block_size, reduce_max))
+        self._jobs.append(
+            _Job(
+                attention=layer.address,
+                segments=ctypes.addressof(segments),
+                beside=None if beside is None else beside.data_ptr(),
+                number=len(segments),
+                parts=parts,
+                block_size=block_size,
+                reduce_max=reduce_max,
+            )
+        )
         self._kept.append((segments, beside, keep))
 
     def feed_forward(self, layer: FeedForwardLayer) -> None:
         """Add a feed-forward half."""
-        self._jobs.append((None, layer.address, None, None, 0, 0, 0, 0))
+        self._jobs.append(_Job(feed_forward=layer.address))
+
+    def sparse_feed_forward(
+        self,
+        layer: SparseFeedForwardLayer,
+        *,
+        ranked: int,
+        survival: Tensor | None = None,
+        keep: int | None = None,
+        threshold: float = 0.0,
+    ) -> Tensor:
+        """Add a feed-forward half whose channels the kernel chooses.
+
+        Args:
+            layer: whose.
+            ranked: the first so many tokens say which channels count.
+            survival: [ranked], fp32: magnitudes are the sums over these tokens with these weights; None takes their
+                maximum.
+            keep: number of channels, 1 to width; None keeps magnitudes of at least ``threshold`` instead.
+            threshold: smallest magnitude.
+
+        Returns:
+            [2 + width], int64: once the jobs have run, the number of chosen channels, then these, ascending.
+        """
+        chosen = torch.empty(2 + layer.width, dtype=torch.int64)
+        survival = None if survival is None else survival.contiguous()
+        self._jobs.append(
+            _Job(
+                sparse=layer.address,
+                survival=None if survival is None else survival.data_ptr(),
+                chosen=chosen.data_ptr(),
+                ranked=ranked,
+                keep=keep or 0,
+                threshold=threshold,
+            )
+        )
+        self._kept.append((survival, chosen))
+        return chosen
 
     def run(self, hidden: Tensor, seconds: Any = None) -> None:
         """Run all of them in their order, and forget them.

@@ -52,16 +52,33 @@ struct FeedForward {
   float eps;
 };
 
-// Half a layer for the tokens of a step: one of attention and feed_forward is null. parts: 1 projects, stores keys and
+// The feed-forward half of a layer whose channels are chosen: all gates are computed, of the chosen channels up and down.
+struct SparseFeedForward {
+  const void* norm;
+  const Matrix* gate;
+  const void* channels;  // [width, 2 * hidden]: row of up, column of down
+  int64_t hidden, width;
+  float eps;
+};
+
+// Half a layer for the tokens of a step: all but one of attention, feed_forward and sparse are null. parts: 1 projects, stores keys and
 // values and leaves the queries in the segments, 2 attends from there on, 3 does both. block_size belongs to the blocks
 // of the segments; reduce_max scores them by the maximum over the query heads of a KV head instead of the mean. beside
 // [tokens, hidden] stands before the hidden states in what is projected, each part normed; null without.
+//
+// Of a sparse half the first `ranked` tokens say which channels count, by the maximum of their magnitudes or by sums
+// weighted with survival; `keep` of them are chosen, or with keep = 0 those of at least `threshold`. chosen [2 + width]
+// takes their number and then the channels, ascending.
 struct Job {
   const Attention* attention;
   const FeedForward* feed_forward;
+  const SparseFeedForward* sparse;
   const Segment* segments;
   const void* beside;
-  int64_t number, parts, block_size, reduce_max;
+  const float* survival;
+  int64_t* chosen;
+  int64_t number, parts, block_size, reduce_max, ranked, keep;
+  float threshold;
 };
 
 inline int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }

@@ -7,6 +7,8 @@ measures quality, not speed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -153,6 +155,33 @@ def sparse_ffn(rows: Tensor, activations: Tensor, weights: FfnWeights, channels:
     return inner @ chosen[:, hidden:]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a kernel chooses the channels that a step's tokens share.
+
+    Attributes:
+        ranked: the first so many tokens say which channels count.
+        survival: [ranked], fp32: magnitudes are summed with these weights; None takes their maximum.
+        keep: number of channels; None keeps magnitudes of at least ``threshold``.
+        threshold: smallest magnitude.
+    """
+
+    ranked: int
+    survival: Tensor | None
+    keep: int | None
+    threshold: float
+
+
+def choice_of(budget: FfnBudget, layer: int, width: int, rows: int, tree: Tree | None) -> Choice:
+    """The choice that a budget with a shared mask asks for, in ``layer`` of ``width`` channels for ``rows`` tokens."""
+    ranked = 1 if budget.mask == "root" else rows
+    survival = (
+        survival_weights(ranked, budget.survival, torch.device("cpu"), tree) if budget.mask == "weighted" else None
+    )
+    keep = budget.channels(width) if budget.rule == "topk" else None
+    return Choice(ranked, survival, keep, 0.0 if keep else budget.threshold(layer))
+
+
 def fuses(weights: FfnWeights) -> bool:
     """Whether :func:`fused_ffn` runs with these weights."""
     return weights.gate_rows is not None and weights.channels is not None and native.whole_layer(weights.gate_rows)
@@ -178,12 +207,15 @@ def fused_ffn(
     """
     if weights.gate_rows is None or weights.channels is None or not budget.shared or budget.is_dense:
         raise ValueError("the fused kernel needs weights by channel and a shared mask")
-    ranked = 1 if budget.mask == "root" else rows.shape[0]
-    survival = survival_weights(ranked, budget.survival, rows.device, tree) if budget.mask == "weighted" else None
-    keep = budget.channels(weights.width) if budget.rule == "topk" else None
-    threshold = 0.0 if keep else budget.threshold(layer)
+    choice = choice_of(budget, layer, weights.width, rows.shape[0], tree)
     return native.layer(
-        rows, weights.gate_rows, weights.channels, survival, ranked=ranked, keep=keep, threshold=threshold
+        rows,
+        weights.gate_rows,
+        weights.channels,
+        choice.survival,
+        ranked=choice.ranked,
+        keep=choice.keep,
+        threshold=choice.threshold,
     )
 
 

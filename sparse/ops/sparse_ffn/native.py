@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse.ops.native import build
 
-_SOURCES = ("native.cpp", "native.h", "native_bf16.h", "native_experts.h", "native_layer.h")
+_SOURCES = ("native.cpp", "native.h", "native_bf16.h", "native_choice.h", "native_experts.h", "native_layer.h")
 _PORTABLE_FP32, _PORTABLE_BF16 = 0, 1
 TILES = 3
 """Number of the bf16 kernel with tile registers; whole layers and experts need it."""
