@@ -25,6 +25,7 @@ from harness.schema import Config, ConfigError
 from harness.timing import make_clock
 from sparse.budget import Sparsity
 from sparse.cost import ModelShape
+from sparse.ops.decoder_layer import native as decoder_layer
 from tasks.base import HubSource, Task, TaskSettings
 from tasks.prompting import Prepared, prepare
 
@@ -99,6 +100,8 @@ def resolved(config: Config) -> dict[str, Any]:
     if isinstance(config.model, schema.CarvedModelConfig):
         hashed["carving"] = models.file_sha256("model.path", models.carving_file(config.model))
     hashed |= drafters.file_hashes(config)
+    if config.engine.name == "compiled" and device.type == "cpu" and not decoder_layer.available(dtype):
+        hashed["kernels"] = "none"  # torch operators run instead: other times, other roundings
     return plain | ({"file_hashes": hashed} if hashed else {})
 
 
@@ -280,8 +283,8 @@ def _prompt_limit(config: Config, positions: int) -> int:
 def _check_memory(config: Config, shape: ModelShape, positions: int, device: torch.device, drafting: int) -> None:
     """Refuse a model whose weights, their copies by channel, and cache cannot fit."""
     carved = isinstance(config.model, schema.CarvedModelConfig)
-    copies = 2 * carved + (config.ffn.name != "dense")
-    weights = shape.weight_bytes + shape.itemsize * shape.hidden * (shape.vocab + 3 * copies * shape.channels)
+    copies = 6 * carved + 4 * (config.ffn.name != "dense")
+    weights = shape.weight_bytes + shape.itemsize * shape.hidden * (shape.vocab + copies * shape.channels)
     cache = shape.kv_bytes_per_token * positions
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available

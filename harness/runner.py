@@ -118,6 +118,8 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
     except tracking.TrackingError as error:
         raise ConfigError(f"track={config.track.name}: {error}") from error
     try:
+        peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
+        facts["peaks"] = {"bandwidth": peaks.bandwidth, "rate": peaks.rate}
         if missing:
             engine = build.load(plan)
             _warm_up(plan, engine)
@@ -270,7 +272,7 @@ def _describe(
     plan: Plan, store: RunStore, facts: dict[str, Any], status: str = "ok", reason: str | None = None
 ) -> dict[str, Any]:
     """The summary of what the store holds now."""
-    peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
+    peaks = facts.get("peaks", {})
     cut = [item for item in plan.prepared if item.truncated_tokens]
     notes = [f"{len(cut)} of {len(plan.prepared)} prompts lost the middle of their document"] if cut else []
     if plan.config.task.source == "bundled":
@@ -292,8 +294,8 @@ def _describe(
         status=status,
         reason=reason,
         required_paths=plan.required_paths,
-        bandwidth=peaks.bandwidth,
-        rate=peaks.rate,
+        bandwidth=peaks.get("bandwidth"),
+        rate=peaks.get("rate"),
         peak_memory=dict.fromkeys(plan.config.arms, _peak_memory(plan.device)),
         notes=notes,
         seed=plan.config.seed,

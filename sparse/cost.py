@@ -335,11 +335,16 @@ class HeadShape:
     vocab: int
     itemsize: int
 
-    def remember(self, tokens: int) -> Cost:
-        """Features fused, keys and values of ``tokens`` observed tokens computed together and stored."""
+    def remember(self, tokens: int, *, alone: bool = True) -> Cost:
+        """Features fused, keys and values of ``tokens`` observed tokens computed together and stored.
+
+        Args:
+            tokens: how many.
+            alone: in a pass of their own; otherwise a pass that is counted elsewhere reads the weights.
+        """
         weights = self.hidden * (self.features + 4 * self.kv_heads * self.head_dim) if tokens else 0
         stored = 2 * tokens * self.kv_heads * self.head_dim
-        return Cost(self.itemsize * (weights + stored), 2 * tokens * weights)
+        return Cost(self.itemsize * (weights * alone + stored), 2 * tokens * weights)
 
     def run(self, rows: int, positions: int, fused: int = 0) -> Cost:
         """A pass through layer and output head.

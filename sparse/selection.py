@@ -17,7 +17,7 @@ class Selection:
     Attributes:
         blocks: [kv_heads, k], int64, in no particular order, the valid ones at most once per head.
         valid: [kv_heads, k], bool, or None where all are; the others stand for nothing and point at a block that is
-            read anyway.
+            read anyway. The valid ones of a head stand first.
         kept: valid blocks over all KV heads.
     """
 

@@ -120,7 +120,8 @@ def plain(paths: Counter[str]) -> Counter[str]:
     """Counters of paths without the name of what ran."""
     counted: Counter[str] = Counter()
     for name, calls in paths.items():
-        counted[name.removesuffix(".native").removesuffix(".torch")] += calls
+        plain_name, _, how = name.rpartition(".")
+        counted[plain_name if how in ("native", "torch", "fused") else name] += calls
     return counted
 
 

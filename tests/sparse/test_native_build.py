@@ -76,7 +76,7 @@ def test_every_source_counts(kernels: ModuleType) -> None:
     assert kernels.__file__ is not None and build.__file__ is not None
     for module, names in ((kernels.__file__, kernels._SOURCES), (build.__file__, build._SHARED)):
         files = {path.name for path in Path(module).parent.iterdir() if path.suffix in (".cpp", ".h")}
-        assert files == set(names)
+        assert files == {name for name in names if not name.startswith("../")}
 
 
 def test_a_killed_build_and_a_broken_library_block_nobody(folder: Path) -> None:

@@ -183,7 +183,7 @@ class Eagle3Drafter:
             return None if self._states is None else self._states[:1]
         tokens = [token for part, _ in self._waiting for token in part]
         features = torch.cat([rows for _, rows in self._waiting])
-        together = min(len(tokens), _TOGETHER)
+        together = min(len(tokens), _TOGETHER, len(tokens) if self._window is None else self._window)
         self._remember(tokens[:-together], features[:-together])
         place, memory = self._length, self._memory
         memory.reserve(place + together - 1 + room(self._growth))
@@ -192,7 +192,7 @@ class Eagle3Drafter:
         paths = [tuple(range(1 + token)) for token in range(together)]
         outputs = memory.run(embeddings, states, place, 0, paths, self._begin())
         self._length += 1
-        self.spent += self._sizes.remember(together - 1)
+        self.spent += self._sizes.remember(together - 1, alone=False)
         self.spent += self._sizes.run(1, self._length - self._begin(), fused=1)
         return outputs[-1:]
 

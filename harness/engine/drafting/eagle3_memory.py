@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -129,6 +130,27 @@ class TorchMemory:
         return attend
 
 
+class _Weights:
+    """A head's weights packed for the kernels."""
+
+    def __init__(self, head: Eagle3Head) -> None:
+        attention, mlp = head.midlayer.self_attn, head.midlayer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = native.PackedLinear(torch.cat([one.weight.detach() for one in projections]))
+        self.output = native.PackedLinear(attention.o_proj.weight.detach())
+        gate_up = torch.cat((mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
+        self.feed_forward = native.FeedForwardLayer(
+            head.midlayer.post_attention_layernorm.weight.detach(),
+            native.PackedLinear(gate_up, paired=True),
+            native.PackedLinear(mlp.down_proj.weight.detach()),
+            head.shape.eps,
+        )
+
+
+_packed: WeakKeyDictionary[Eagle3Head, _Weights] = WeakKeyDictionary()
+"""Heads' packed weights, which all drafters of a head share."""
+
+
 class CompiledMemory:
     """With the CPU kernels: a paged cache of one layer, and the head's weights packed for them.
 
@@ -137,21 +159,12 @@ class CompiledMemory:
     """
 
     def __init__(self, head: Eagle3Head) -> None:
-        attention, mlp = head.midlayer.self_attn, head.midlayer.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         self._head = head
-        self._qkv = native.PackedLinear(torch.cat([one.weight.detach() for one in projections]))
-        self._output = native.PackedLinear(attention.o_proj.weight.detach())
-        gate_up = torch.cat((mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
-        self._feed_forward = native.FeedForwardLayer(
-            head.midlayer.post_attention_layernorm.weight.detach(),
-            native.PackedLinear(gate_up, paired=True),
-            native.PackedLinear(mlp.down_proj.weight.detach()),
-            head.shape.eps,
-        )
-        packed = head.lm_head.map
-        assert isinstance(packed, native.PackedLinear)
-        self._lm_head = packed
+        self._weights = _packed.get(head) or _Weights(head)
+        _packed[head] = self._weights
+        lm_head = head.lm_head.map
+        assert isinstance(lm_head, native.PackedLinear)
+        self._lm_head = lm_head
         self._jobs = native.Jobs()
         self._cache: KVCache | None = None
         self._attention: native.AttentionLayer | None = None
@@ -186,8 +199,8 @@ class CompiledMemory:
         layer = self._head.midlayer
         self._attention = native.AttentionLayer(
             layer.hidden_norm.weight.detach(),
-            self._qkv,
-            self._output,
+            self._weights.qkv,
+            self._weights.output,
             None,
             None,
             *self._head.rotary(torch.arange(self._cache.capacity)),
@@ -201,7 +214,7 @@ class CompiledMemory:
     def store(self, start: int, embeddings: Tensor, states: Tensor) -> None:
         """See :class:`Memory`; the kernel stops after it has stored keys and values."""
         self._add(embeddings, states, start, 0, torch.arange(start, start + len(states)), None, 0, native.PROJECT)
-        self._jobs.run(states.clone())
+        self._jobs.run(states.contiguous())
 
     def run(self, embeddings: Tensor, states: Tensor, observed: int, done: int, paths: Paths, begin: int) -> Tensor:
         """See :class:`Memory`."""
@@ -210,7 +223,7 @@ class CompiledMemory:
         places = torch.tensor([observed + len(path) - 1 for path in paths])
         states = states.clone()
         self._add(embeddings, states, observed, done, places, visible, begin, native.PROJECT | native.MIX)
-        self._jobs.feed_forward(self._feed_forward)
+        self._jobs.feed_forward(self._weights.feed_forward)
         self._jobs.run(states)
         return states
 

@@ -138,10 +138,11 @@ class CompiledStep(Step):
                 if choice is None:
                     view = self._view(sequences, index, number, cache)
                     choices[index] = chosen(run, number, batch.parts[index][0], view)
+            run.trace.lap("select")
         kept: list[Any] = []
         for segment, choice, (row, part, _) in zip(segments, choices, batch.parts, strict=True):
             assert choice is not None
-            kept.append((choice, _attend(segment, choice)))
+            kept.append(_attend(segment, choice))
             rows = part.stop - part.start
             count_attention(run, number, NATIVE, *choice, cache.lengths[row] + rows, rows)
         attend(parts=parts, keep=kept)
@@ -258,12 +259,12 @@ def _covers(budget: AttentionBudget, layer: int) -> bool:
     return plain and not budget.low(layer)
 
 
-def _attend(segment: Any, choice: Choice) -> Tensor | None:
+def _attend(segment: Any, choice: Choice) -> tuple[Tensor | None, ...]:
     """Have the kernel attend to a choice; what is returned must live until it has."""
     selection, segment.tail = choice
     if selection is None:
-        return None
-    blocks, kept = selection.blocks, None if selection.valid is None else selection.valid.sum(1)
+        return ()
+    blocks, kept = selection.blocks.contiguous(), None if selection.valid is None else selection.valid.sum(1)
     segment.blocks, segment.chosen = blocks.data_ptr(), blocks.shape[1]
     segment.kept = None if kept is None else kept.data_ptr()
-    return kept
+    return blocks, kept

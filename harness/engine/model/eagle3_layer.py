@@ -96,7 +96,9 @@ class PackedLinear(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        return super().forward(rows) if self._packed is None else self._packed(rows)
+        if self._packed is None:
+            return super().forward(rows)
+        return self._packed(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], -1)
 
 
 class Norm(nn.Module):

@@ -122,7 +122,7 @@ class Layout:
             down=make_linear(down, down_bias, packed=self.packed),
             gate=gate,
             channels=channels,
-            gate_rows=gate_up[:width].contiguous() if channels is not None else None,
+            gate_rows=gate_up[:width].clone() if channels is not None else None,
         )
 
     def dense_ffn(self, module: Any) -> FfnWeights:

@@ -38,6 +38,13 @@ CONFIGS = [
 ]
 
 
+def _fitting(configs, arguments, **meta):
+    """Configurations whose warps hold the tile's sums in registers: large tiles spill with two warps."""
+    values = {**arguments, **meta}
+    size = values["TILE"] * values["HEAD_DIM"]
+    return [config for config in configs if config.num_warps * 4096 >= size or config.num_warps == 8]
+
+
 @triton.jit
 def _attend(query, keys, values, live, seen, best, total, sums):
     """One step of the online softmax over a run of positions.
@@ -57,7 +64,7 @@ def _attend(query, keys, values, live, seen, best, total, sums):
     return new_best, total * decay + tl.sum(weights, 1), sums
 
 
-@tuned(CONFIGS, key=["TILE", "HEAD_DIM", "BLOCK", "SPARSE"])
+@tuned(CONFIGS, key=["TILE", "HEAD_DIM", "BLOCK", "SPARSE"], prune=_fitting)
 @triton.jit(do_not_specialize=["tokens", "tiles", "most_blocks", "share"])
 def _attend_splits(
     queries, keys, values, output, sums_out, logs_out, offsets, starts, blocks, kept, tails, visible,

@@ -8,7 +8,7 @@
 namespace decoder_layer {
 namespace {
 
-
+enum Part { kProject = 1, kMix = 2 };
 
 // The attention half in the order of its stages.
 template <typename B>
@@ -26,7 +26,7 @@ struct AttentionHalf {
   std::vector<int64_t> owner, first_part, first_score, strips_before{0};
   std::vector<Piece> pieces;
 
-  AttentionHalf(const Job& todo, int64_t rows, void* states)
+  AttentionHalf(const Job& todo, int64_t rows, void* states, int threads)
       : a(*todo.attention), job(todo), segments(todo.segments), number(todo.number), tokens(rows), hidden(static_cast<Scalar*>(states)),
         inputs(a.qkv->inputs), stride(padded(inputs, kStep)), width(padded(a.heads * a.head_dim, kStep)),
         scratch_size(std::max<int64_t>({2 * stride, 4 * a.head_dim, padded(B::scratch(a.head_dim), 64)})) {
@@ -34,11 +34,12 @@ struct AttentionHalf {
     normed = panel_of<B>(arena, tokens, inputs);
     mixed = panel_of<B>(arena, tokens, a.heads * a.head_dim);
     projected = arena.take<float>(tokens * a.qkv->outputs);
-    scratch = arena.take<float>(at::get_num_threads() * scratch_size);
+    scratch = arena.take<float>(threads * scratch_size);
     int64_t part = 0, score = 0;
     const int64_t groups = a.heads / a.kv_heads;
+    for (int64_t s = 0; s < number; s++) owner.insert(owner.end(), segments[s].count, s);
+    if (!(job.parts & kMix)) return;
     for (int64_t s = 0; s < number; s++) {
-      owner.insert(owner.end(), segments[s].count, s);
       const Strips<Scalar> strips(segments[s], a, job.block_size);
       first_score.push_back(score);
       if (segments[s].summary) score += a.kv_heads * 2 * segments[s].whole;
@@ -157,8 +158,6 @@ struct AttentionHalf {
   float* scores_of(int64_t s, int64_t head) { return scores + first_score[s] + head * 2 * segments[s].whole; }
 };
 
-enum Part { kProject = 1, kMix = 2 };
-
 template <typename B>
 void attention_half(AttentionHalf<B>& half, int parts, Laps& laps, int thread, Team& team) {
   const auto lap = [&](Stage stage) {
@@ -184,13 +183,13 @@ struct FeedForwardHalf {
   Scalar *hidden, *normed, *gated;
   float* scratch;
 
-  FeedForwardHalf(const FeedForward& layer, int64_t rows, void* states)
+  FeedForwardHalf(const FeedForward& layer, int64_t rows, void* states, int threads)
       : f(layer), tokens(rows), stride(padded(f.gate_up->inputs, kStep)), width(padded(f.down->inputs, kStep)),
         hidden(static_cast<Scalar*>(states)) {
     Arena& arena = Arena::fresh();
     normed = panel_of<B>(arena, tokens, f.gate_up->inputs);
     gated = panel_of<B>(arena, tokens, f.down->inputs);
-    scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
+    scratch = arena.take<float>(threads * 2 * stride);
   }
 
   void run(int thread, Team& team) {
@@ -229,11 +228,11 @@ void run_jobs(const Job* jobs, int64_t number, int64_t tokens, void* hidden, dou
       if (thread == 0) {
         try {
           if (job->attention)
-            attention.emplace(*job, tokens, hidden);
+            attention.emplace(*job, tokens, hidden, team.size);
           else if (job->sparse)
-            sparse.emplace(*job, tokens, hidden);
+            sparse.emplace(*job, tokens, hidden, team.size);
           else
-            feed_forward.emplace(*job->feed_forward, tokens, hidden);
+            feed_forward.emplace(*job->feed_forward, tokens, hidden, team.size);
         } catch (const std::bad_alloc&) {
           failed = true;
         }

@@ -163,6 +163,9 @@ class AttentionLayer:
 
     Attributes:
         address: of the structure that the kernels take.
+
+    Raises:
+        ValueError: sizes do not fit.
     """
 
     def __init__(
@@ -181,6 +184,13 @@ class AttentionLayer:
         scale: float,
         beside_norm: Tensor | None = None,
     ) -> None:
+        hidden, head_dim = norm.shape[0], cos.shape[-1]
+        inputs = hidden if beside_norm is None else 2 * hidden
+        mixed = heads * head_dim
+        if (qkv.inputs, qkv.outputs) != (inputs, mixed + 2 * kv_heads * head_dim):
+            raise ValueError(f"a projection of {qkv.inputs} to {qkv.outputs} does not fit {hidden} and {heads} heads")
+        if (output.inputs, output.outputs) != (mixed, hidden):
+            raise ValueError(f"an output map of {output.inputs} to {output.outputs} does not fit {mixed} and {hidden}")
         self._kept = (norm, beside_norm, qkv, output, query_norm, key_norm, cos, sin)
         beside, *norms = (None if one is None else one.data_ptr() for one in (beside_norm, query_norm, key_norm))
         pointers = (norm.data_ptr(), beside, qkv.address, output.address, *norms, cos.data_ptr(), sin.data_ptr())
@@ -201,12 +211,12 @@ class FeedForwardLayer:
         address: of the structure that the kernels take.
 
     Raises:
-        ValueError: ``gate_up`` is not paired.
+        ValueError: ``gate_up`` is not paired, or sizes do not fit.
     """
 
     def __init__(self, norm: Tensor, gate_up: PackedLinear, down: PackedLinear, eps: float) -> None:
-        if not gate_up.paired:
-            raise ValueError("the gate and up projections are not packed as a pair")
+        if not gate_up.paired or gate_up.outputs != 2 * down.inputs or gate_up.inputs != down.outputs:
+            raise ValueError("the gate and up projections are not packed as a pair that fits the down projection")
         self._kept = (norm, gate_up, down)
         self._layer = _FeedForward(norm.data_ptr(), gate_up.address, down.address, eps)
         self.address = ctypes.addressof(self._layer)
@@ -278,11 +288,12 @@ class Jobs:
                 reduce_max=reduce_max,
             )
         )
-        self._kept.append((segments, beside, keep))
+        self._kept.append((layer, segments, beside, keep))
 
     def feed_forward(self, layer: FeedForwardLayer) -> None:
         """Add a feed-forward half."""
         self._jobs.append(_Job(feed_forward=layer.address))
+        self._kept.append((layer,))
 
     def sparse_feed_forward(
         self,
@@ -318,7 +329,7 @@ class Jobs:
                 threshold=threshold,
             )
         )
-        self._kept.append((survival, chosen))
+        self._kept.append((layer, survival, chosen))
         return chosen
 
     def run(self, hidden: Tensor, seconds: Any = None) -> None:
@@ -331,11 +342,12 @@ class Jobs:
         Raises:
             MemoryError: no memory for the working set.
         """
-        jobs = (_Job * len(self._jobs))(*self._jobs)
-        kernels, pointer = _kernels(), hidden.data_ptr()
-        _check(kernels.decoder_layer_run(_FORMATS[hidden.dtype], jobs, len(jobs), hidden.shape[0], pointer, seconds))
+        jobs, kept = (_Job * len(self._jobs))(*self._jobs), list(self._kept)
         self._jobs.clear()
         self._kept.clear()
+        kernels, pointer = _kernels(), hidden.data_ptr()
+        _check(kernels.decoder_layer_run(_FORMATS[hidden.dtype], jobs, len(jobs), hidden.shape[0], pointer, seconds))
+        kept.clear()
 
 
 def fits(head_dim: int, dtype: torch.dtype, page: int) -> bool:
@@ -386,7 +398,7 @@ def _load() -> ctypes.CDLL | None:
         kernels = build.open_library("decoder_layer", Path(__file__).parent, _SOURCES)
         kernels.decoder_layer_run.argtypes = [ctypes.c_int, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER]
         kernels.decoder_layer_linear.argtypes = [ctypes.c_int, _POINTER, _POINTER, _FLOAT, _POINTER, _SIZE, _POINTER]
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _log.warning("the kernels for decoder layers are unavailable, torch runs instead: %s", build.reason(error))
         return None
     return kernels
@@ -401,11 +413,25 @@ def _formats() -> Sequence[torch.dtype]:
 
 
 def _is_right(dtype: torch.dtype) -> bool:
-    weight = torch.linspace(-9, 9, 40 * 50).sin().view(40, 50).to(dtype)
-    rows = torch.linspace(-3, 3, 5 * 50).cos().view(5, 50).to(dtype)
+    """Whether linear maps of a few and of many rows, and a feed-forward half, agree with the same in fp64."""
+    weight = torch.linspace(-9, 9, 64 * 50).sin().view(64, 50).to(dtype)
+    bias, down = torch.linspace(-1, 1, 64).to(dtype), torch.linspace(-5, 5, 50 * 32).cos().view(50, 32).to(dtype)
+    hidden = torch.linspace(-3, 3, 20 * 50).cos().view(20, 50).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     try:
-        found = PackedLinear(weight)(rows)
+        for rows in (5, 20):
+            wide = hidden[:rows].double()
+            found = PackedLinear(weight, bias)(hidden[:rows]).double()
+            if not (found - (truth := wide @ weight.double().T + bias.double())).norm() < tolerance * truth.norm():
+                return False
+            changed, jobs = hidden[:rows].clone(), Jobs()
+            norm = torch.ones(50, dtype=dtype)
+            jobs.feed_forward(FeedForwardLayer(norm, PackedLinear(weight, paired=True), PackedLinear(down), 1e-5))
+            jobs.run(changed)
+            both = functional.rms_norm(wide, (50,), eps=1e-5) @ weight.double().T
+            truth = wide + (functional.silu(both[:, :32]) * both[:, 32:]) @ down.double().T
+            if not (changed.double() - truth).norm() < tolerance * truth.norm():
+                return False
     except RuntimeError:
         return False
-    truth = rows.double() @ weight.double().T
-    return bool((found.double() - truth).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * truth.norm())
+    return True

@@ -40,7 +40,7 @@ struct SparseFeedForwardHalf {
   sparse_ffn::Problem problem{};
   std::optional<Kernel> kernel;
 
-  SparseFeedForwardHalf(const Job& todo, int64_t count, void* states)
+  SparseFeedForwardHalf(const Job& todo, int64_t count, void* states, int threads)
       : f(*todo.sparse), job(todo), tokens(count), stride(padded(f.hidden, kStep)),
         summed(padded(f.hidden, sparse_ffn::kLanes)), hidden(static_cast<Scalar*>(states)), magnitudes(f.width) {
     Arena& arena = Arena::fresh();
@@ -48,8 +48,8 @@ struct SparseFeedForwardHalf {
     rows = arena.take<Scalar>(tokens * f.hidden);
     activations = arena.take<Scalar>(tokens * f.width);
     outputs = arena.take<Scalar>(tokens * f.hidden);
-    scratch = arena.take<float>(at::get_num_threads() * 2 * stride);
-    sums = arena.take<float>(at::get_num_threads() * tokens * summed);
+    scratch = arena.take<float>(threads * 2 * stride);
+    sums = arena.take<float>(threads * tokens * summed);
     int64_t* index = job.chosen + 1;
     problem = {rows, activations, f.channels, index, tokens, f.hidden, f.width, 0, 2 * f.hidden};
   }

@@ -207,9 +207,11 @@ void score_blocks(const Attention& a, const Segment& segment, bool reduce_max, i
     add(total);
     std::copy_n(sums, count, out);
   }
-  for (int64_t block = range.from; block < range.to; block++)
+  for (int64_t block = range.from; block < range.to; block++) {
+    if (std::isnan(scores[block])) scores[block] = kNothing;
     if (block < segment.sinks || block >= segment.whole - segment.window)
       scores[block] = std::numeric_limits<float>::infinity();
+  }
 }
 
 // The `chosen` blocks with the highest scores, ascending; of equal ones the first.
