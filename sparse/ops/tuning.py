@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-
 SWITCH = "SPARSE_VERIFICATION_TUNE"
 """Environment variable: 0 takes the first configuration everywhere, for checks that need no speed."""
 
