@@ -5,8 +5,9 @@ Every comparison is by the norm of the difference over the norm of the truth; a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,19 @@ def check_library(setting: Setting, engine: str, cache: KVCache, context: int, t
     found = [f"token {number} is {gap:.2f} below the library's best" for number, gap in enumerate(gaps) if gap > _TIE]
     if found:
         raise Red(found)
+
+
+def check_output(library: Any, prompt: Sequence[int], output: Sequence[int], name: str) -> list[str]:
+    """Whether each token of a greedy ``output`` is the library's choice after the tokens before it, up to rounding.
+
+    After a tie that rounding decides the texts differ, so tokens are compared on the arm's own text.
+    """
+    with torch.inference_mode():
+        inputs = torch.tensor([[*prompt, *output]], device=library.device)
+        logits = library(inputs, logits_to_keep=len(output) + 1).logits[0, :-1].float()
+    own = torch.tensor(output, device=library.device)
+    gaps = (logits.amax(-1) - logits.gather(1, own[:, None])[:, 0]).tolist()
+    return [f"{name}: token {n} is {gap:.2f} below the library's best" for n, gap in enumerate(gaps) if gap > _TIE]
 
 
 def _operators(setting: Setting, cache: KVCache) -> list[str]:

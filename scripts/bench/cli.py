@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_argument_group("what is timed")
     what.add_argument("--suite", help=f"comma-separated: {', '.join(SUITES)} (default {','.join(_DEFAULTS)})")
     what.add_argument("--peers", action="store_true", help="only the peers: what a user would pick instead")
-    what.add_argument("--contexts", help="positions before the step (default 7300; growth: 2048,4096,6144,8160)")
+    what.add_argument("--contexts", help="positions before the step (default 7300; growth: 2048,4096,6144,8100)")
     what.add_argument("--drafts", default="1,7,chain16,tree60", help="tokens of a step (default %(default)s)")
     what.add_argument("--batches", default="1", help="sequences in a step (default %(default)s)")
     what.add_argument(
@@ -129,7 +129,7 @@ def _suites(options: argparse.Namespace) -> tuple[str, ...]:
     if options.redraw and suites != ("growth",):
         raise ValueError("--redraw: only --suite growth has a figure")
     if options.contexts is None:
-        options.contexts = "2048,4096,6144,8160" if "growth" in suites else "7300"
+        options.contexts = "2048,4096,6144,8100" if "growth" in suites else "7300"
     return suites
 
 

@@ -1,6 +1,7 @@
 """python -m scripts.bench --peers: our arms are those of a run, and rivals decode from the same token."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,13 +65,11 @@ def options_of(*arguments):
                 "draft=combined",
                 "draft.join=true",
                 "draft.min_match=99",
-                "draft.suffix.depth=6",
-                "draft.suffix.topk=6",
-                "draft.suffix.total=30",
-                "draft.suffix.factor=4",
-                "draft.eagle3.depth=5",
-                "draft.eagle3.topk=6",
-                "draft.eagle3.total=30",
+                "draft.suffix.depth=8",
+                "draft.suffix.topk=1",
+                "draft.eagle3.depth=3",
+                "draft.eagle3.topk=3",
+                "draft.eagle3.total=7",
                 "draft.eagle3.window=512",
             ],
         ),
@@ -157,15 +156,26 @@ def test_peers_decode_the_same_prompt(capsys):
     assert code == 0 and "sparse / transformers lookup 6: " in printed.out
 
 
+class Library:
+    """A model that would say 3 every time."""
+
+    device = "cpu"
+
+    def __call__(self, inputs, logits_to_keep):
+        logits = torch.zeros(1, logits_to_keep, 10)
+        logits[0, :, 3] = 1.0
+        return SimpleNamespace(logits=logits)
+
+
 def test_a_loop_that_leaves_the_library_is_red(monkeypatch):
     class Answer:
         def __init__(self, output):
-            self.seconds, self.output, self.steps = [1.0, 1.0], output, 1
+            self.seconds, self.output, self.steps, self.first = [1.0, 1.0], output, 1, 0
 
-    answers = {"ar": Answer([1, 2]), "dense": Answer([1, 2]), "sparse": Answer([9, 9]), "transformers": Answer([3, 2])}
+    answers = {"ar": Answer([1, 3]), "dense": Answer([1, 3]), "sparse": Answer([9, 9]), "transformers": Answer([3, 2])}
     monkeypatch.setattr(peers, "_prompt", lambda *_: answers)
     monkeypatch.setattr(peers, "installed", lambda *_, **__: ([], {}))
-    monkeypatch.setattr(peers.loading, "load_model", lambda *_: None)
+    monkeypatch.setattr(peers.loading, "load_model", lambda *_: Library())
     monkeypatch.setattr(peers, "_ours", lambda *_: [peers.Ours(name, None, None, peers.Sparsity()) for name in ("ar",)])
-    with pytest.raises(checks.Red, match="ar: 0% of its tokens are the library's"):
+    with pytest.raises(checks.Red, match="ar: token 0 is 1.00 below the library's best"):
         peers.run(options_of("--contexts=700", "--kept=128"), Console(quiet=True))
