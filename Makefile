@@ -43,10 +43,11 @@ test-all: $(STAMP) ## all tests
 bench: $(STAMP) ## times of operators, steps and loops beside the memory limit; ARGS="--peers" or "--suite growth"
 	@$(PY) -m scripts.bench $(ARGS)
 
-# A machine that has torch, triton and transformers for its GPU needs nothing installed.
+# A machine whose torch sees its GPU needs nothing installed; what else is missing there is named (exit code 2).
 gpu-check: ## kernels and steps on the GPU in one call of under 10 minutes; exit code 2 where there is none
 	@python=python3; \
-	if ! python3 -c 'import torch, transformers, triton; assert torch.cuda.is_available()' 2>/dev/null; then \
+	if ! why=$$(python3 -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"' 2>&1); then \
+	  echo "gpu-check: trying $(PY), as python3 will not do: $$(tail -n 1 <<<"$$why")" >&2; \
 	  $(MAKE) --no-print-directory $(STAMP); python=$(PY); \
 	fi; \
 	$$python -m scripts.bench.gpu_check $(ARGS)

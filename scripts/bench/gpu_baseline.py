@@ -2,7 +2,9 @@
 
 It knows everything that a captured step may know (context, batch and draft are fixed), so it copies nothing and waits
 for nothing. The prefix is read by one fused attention call per layer, query heads and draft rows of a KV head side by
-side; the step's own tokens are few and merged by their log-sum-exp.
+side; the step's own tokens are few and merged by their log-sum-exp. The attention to the prefix and the matrix products
+are the library's kernels; what lies between them are separate operators of torch, as in our steps, whose own kernels
+are attention, the choice of blocks, and experts.
 """
 
 from __future__ import annotations

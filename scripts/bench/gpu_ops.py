@@ -1,6 +1,6 @@
 """Time of each kernel at the sizes of public models, beside its bytes over the device's bandwidth.
 
-Calls are captured in one CUDA graph over several sets of inputs, larger together than the L2 cache.
+Calls are captured in one CUDA graph over several sets of inputs, round after round.
 """
 
 from __future__ import annotations
@@ -8,22 +8,28 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.engine.model.shapes import SHAPES
+from scripts.bench import records
 from scripts.bench.gpu_baseline import prefix_attention
-from scripts.bench.gpu_common import Deadline, rotated_ms, sets
-from scripts.bench.gpu_kernels import PAGE
+from scripts.bench.gpu_common import PAGE, cache_bytes, rotated_ms, sets, surviving
+from scripts.bench.gpu_report import Report
 from scripts.bench.measure import Spread
 from scripts.bench.records import OpRow, Place
 from sparse.budget import AttentionBudget
 
 BLOCK = 16
 DENSITY = 0.12
-_SECONDS = 20
+TARGET = 0.7
+"""Least share of its bytes-over-bandwidth limit that a kernel should reach."""
+LEAST_LIMIT_MS = 0.01
+"""Below it launches and the depth of a pipeline take the time, and a share of the limit says nothing."""
+_SECONDS = 15
 """Guess at one operator: compiling and tuning included."""
 
 
@@ -74,7 +80,7 @@ class Op:
         name, shape: what it is, and its sizes.
         bytes, flops: the least of one call.
         make: a call on fresh inputs.
-        ours: whether it is one of our kernels.
+        kernel: of ours that is timed; empty for the library's.
     """
 
     name: str
@@ -82,30 +88,69 @@ class Op:
     bytes: float
     flops: float
     make: Callable[[], Callable[[], object]]
-    ours: bool = True
+    kernel: str = ""
 
 
-def run(place: Place, bandwidth: float, deadline: Deadline) -> list[OpRow]:
-    """Time every operator that the time allows; prints a line each."""
-    rows = []
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """An operator's row.
+
+    Attributes:
+        row: for the CSV file.
+        judged: whether a share of the limit means something: the work is long enough and does not fit the L2 cache.
+    """
+
+    row: OpRow
+    judged: bool
+
+    @property
+    def share(self) -> float:
+        """Of the limit by bytes."""
+        return self.row.limit_ms / self.row.median_ms
+
+    @property
+    def text(self) -> str:
+        """One line of the table of targets."""
+        row = self.row
+        told = f"{row.op}, {row.shape}: {1e3 * row.median_ms:.1f} us"
+        if not self.judged:
+            return f"{told}, too short or too small for a share of its limit"
+        aim = f"target {TARGET:.0%}" if row.engine == "triton" else "for comparison"
+        return f"{told}, limit {1e3 * row.limit_ms:.1f} us, {self.share:.0%} of it, {aim}"
+
+
+def judged(limit_ms: float, rotating: float, cache: float) -> bool:
+    """Whether a kernel's share of its limit means something.
+
+    Args:
+        limit_ms: bytes over bandwidth.
+        rotating: bytes of all sets of inputs.
+        cache: bytes of the L2 cache.
+    """
+    return limit_ms >= LEAST_LIMIT_MS and rotating > cache
+
+
+def run(place: Place, bandwidth: float, file: Path, report: Report) -> Iterator[Timed]:
+    """Time every operator that the time allows; a row goes to ``file`` as soon as it is known.
+
+    Raises:
+        Lost: the device is; what was given by then stands.
+    """
     for op in operators():
-        if not deadline.allows(f"{op.name}, {op.shape}", _SECONDS):
-            continue
-        try:
-            spread = rotated_ms([op.make() for _ in range(sets(op.bytes))])
-        except torch.cuda.OutOfMemoryError:
-            deadline.note(f"{op.name}, {op.shape}", "out of memory")
-            continue
-        finally:
-            torch.cuda.empty_cache()
-        row = _row(op, spread, place, bandwidth)
-        print(
-            f"{op.name}, {op.shape}: {1e3 * row.median_ms:.1f} us, limit {1e3 * row.limit_ms:.1f} us, "
-            f"{row.limit_ms / row.median_ms:.0%} of it",
-            flush=True,
-        )
-        rows.append(row)
-    return rows
+        name = f"{op.name}, {op.shape}"
+        if op.kernel in report.red:
+            report.deadline.note(name, f"red: {op.kernel}")
+        elif report.deadline.allows(name, _SECONDS):
+            timed = None
+            with surviving(report, name):
+                number = sets(op.bytes)
+                spread = rotated_ms([op.make() for _ in range(number)])
+                row = _row(op, spread, place, bandwidth)
+                timed = Timed(row, judged(row.limit_ms, number * op.bytes, cache_bytes()))
+                print(timed.text, flush=True)
+                records.append(file, [row])
+            if timed is not None:
+                yield timed
 
 
 def operators() -> Iterator[Op]:
@@ -126,16 +171,17 @@ def _attention(sizes: Attention) -> Iterator[Op]:
     position = 4 * kv_heads * head_dim
     """Bytes of keys and values of one position in 16 bits."""
     small = 4 * heads * head_dim * sizes.rows
-    kernel = _kernel("block_attention")
     for name, kept in (("block_attention", keep * BLOCK), ("dense_attention", sizes.context)):
         positions = kept + sizes.rows + (sizes.context % BLOCK if kept != sizes.context else 0)
 
         def make(sparse: bool = name == "block_attention") -> Callable[[], object]:
             inputs = _inputs(sizes, keep if sparse else None)
-            return lambda: kernel.attention(**inputs)
+            return lambda: _kernel("block_attention").attention(**inputs)
 
         read = sizes.batch * (position * positions + small)
-        yield Op(name, sizes.text, read, 4 * sizes.batch * sizes.rows * heads * head_dim * positions, make)
+        yield Op(
+            name, sizes.text, read, 4 * sizes.batch * sizes.rows * heads * head_dim * positions, make, "block_attention"
+        )
 
     def flash() -> Callable[[], object]:
         size = (sizes.batch, kv_heads, sizes.context, head_dim)
@@ -145,19 +191,19 @@ def _attention(sizes: Attention) -> Iterator[Op]:
 
     read = sizes.batch * (position * sizes.context + small)
     flops = 4 * sizes.batch * sizes.rows * heads * head_dim * sizes.context
-    yield Op("flash_prefix", sizes.text, read, flops, flash, ours=False)
-    budget, selection = AttentionBudget(topk=keep), _kernel("block_selection")
+    yield Op("flash_prefix", sizes.text, read, flops, flash)
+    budget = AttentionBudget(topk=keep)
 
     def choose() -> Callable[[], object]:
         queries = _drawn((sizes.batch * sizes.rows, heads, head_dim))
         summaries = {"mean": _drawn((sizes.batch, kv_heads, head_dim, whole + 16))}
         weights = (torch.arange(sizes.batch * sizes.rows, device="cuda") % sizes.rows == 0).float()
-        where = _where(sizes)
         wanted = torch.full((sizes.batch,), keep, dtype=torch.int32, device="cuda")
-        return lambda: selection.select(queries, summaries, budget, keep=wanted, most=keep, weights=weights, **where)
+        rest = {"keep": wanted, "most": keep, "weights": weights, **_where(sizes)}
+        return lambda: _kernel("block_selection").select(queries, summaries, budget, **rest)
 
     read = 2 * sizes.batch * kv_heads * head_dim * whole
-    yield Op("block_selection", f"{sizes.text}, {keep} of {whole}", read, 0.0, choose)
+    yield Op("block_selection", f"{sizes.text}, {keep} of {whole}", read, 0.0, choose, "block_selection")
 
 
 def _inputs(sizes: Attention, keep: int | None) -> dict[str, Any]:
@@ -191,23 +237,23 @@ def _where(sizes: Attention) -> dict[str, Tensor]:
 def _ffn(arch: str, rows: int) -> Op:
     """Up and down of half the channels; the gate, a plain product, is left out."""
     hidden, width = int(SHAPES[arch]["hidden_size"]), int(SHAPES[arch]["intermediate_size"])
-    kept, kernel = width // 2, _kernel("sparse_ffn")
+    kept = width // 2
 
     def make() -> Callable[[], object]:
         states, activations = _drawn((rows, hidden)), _drawn((rows, width))
         channels = _drawn((width, 2 * hidden))
         index = torch.randperm(width, device="cuda")[:kept]
-        return lambda: kernel.ffn(states, activations, channels, index)
+        return lambda: _kernel("sparse_ffn").ffn(states, activations, channels, index)
 
     size = 2 * kept * hidden
-    return Op("sparse_ffn", f"{arch}, rows {rows}, {kept} of {width}", 2 * size, 2 * rows * size, make)
+    return Op("sparse_ffn", f"{arch}, rows {rows}, {kept} of {width}", 2 * size, 2 * rows * size, make, "sparse_ffn")
 
 
 def _moe(arch: str, rows: int, union: int) -> Op:
     """A layer of experts in which ``union`` run."""
     shape = SHAPES[arch]
     hidden, width, experts = int(shape["hidden_size"]), int(shape["moe_intermediate_size"]), int(shape["num_experts"])
-    top_k, kernel = int(shape["num_experts_per_tok"]), _kernel("moe")
+    top_k = int(shape["num_experts_per_tok"])
 
     def make() -> Callable[[], object]:
         states, gate_up = _drawn((rows, hidden)), _drawn((experts, 2 * width, hidden))
@@ -218,10 +264,11 @@ def _moe(arch: str, rows: int, union: int) -> Op:
         combine = scores * (scores >= scores.topk(top_k, dim=1).values[:, -1:])
         place = torch.arange(union, device="cuda")
         combine[place % rows, allowed] += 0.1
-        return lambda: kernel.moe(states, combine, gate_up, down, limit=union)
+        return lambda: _kernel("moe").moe(states, combine, gate_up, down, limit=union)
 
     size = 3 * union * width * hidden
-    return Op("moe", f"{arch}, rows {rows}, {union} of {experts}", 2 * size, 6 * rows * top_k * width * hidden, make)
+    flops = 6 * rows * top_k * width * hidden
+    return Op("moe", f"{arch}, rows {rows}, {union} of {experts}", 2 * size, flops, make, "moe")
 
 
 def _drawn(size: tuple[int, ...]) -> Tensor:
@@ -236,7 +283,7 @@ def _row(op: Op, spread: Spread, place: Place, bandwidth: float) -> OpRow:
     return OpRow(
         arch=op.shape.partition(",")[0],
         dtype="bfloat16",
-        engine="triton" if op.ours else "library",
+        engine="triton" if op.kernel else "library",
         op=op.name,
         shape=op.shape,
         median_ms=spread.median,
