@@ -177,5 +177,5 @@ def test_a_loop_that_leaves_the_library_is_red(monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda *_, **__: ([], {}))
     monkeypatch.setattr(peers.loading, "load_model", lambda *_: Library())
     monkeypatch.setattr(peers, "_ours", lambda *_: [peers.Ours(name, None, None, peers.Sparsity()) for name in ("ar",)])
-    with pytest.raises(checks.Red, match="ar: token 0 is 1.00 below the library's best"):
+    with pytest.raises(checks.Red, match=r"ar: token 0 is 1\.00 below the library's best"):
         peers.run(options_of("--contexts=700", "--kept=128"), Console(quiet=True))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse.ops.decoder_layer import structures
 from sparse.ops.native import build
 
 _SOURCES = (
@@ -37,46 +38,6 @@ STAGES = ("linear", "select", "attention", "ffn")
 """Components whose seconds a call adds up, in the order of its array."""
 
 _log = logging.getLogger(__name__)
-_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-_Matrix = _structure(
-    "Matrix", weights=_POINTER, bias=_POINTER, **dict.fromkeys(("inputs", "outputs", "groups", "stride", "pair"), _SIZE)
-)
-Segment: Any = _structure(
-    "Segment",
-    **dict.fromkeys(("first", "count", "start", "before"), _SIZE),
-    **dict.fromkeys(("positions", "keys", "values", "visible", "blocks", "kept"), _POINTER),
-    **dict.fromkeys(("chosen", "tail"), _SIZE),
-    summary=_POINTER,
-    **dict.fromkeys(("summary_stride", "whole", "sinks", "window"), _SIZE),
-    queries=_POINTER,
-)
-"""The tokens of one sequence in a step; the fields are explained in types.h."""
-_Attention: Any = _structure(
-    "Attention",
-    **dict.fromkeys(("norm", "beside_norm", "qkv", "output", "query_norm", "key_norm", "cos", "sin"), _POINTER),
-    **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim"), _SIZE),
-    eps=_FLOAT,
-    scale=_FLOAT,
-)
-_FeedForward: Any = _structure("FeedForward", **dict.fromkeys(("norm", "gate_up", "down"), _POINTER), eps=_FLOAT)
-_SparseFeedForward: Any = _structure(
-    "SparseFeedForward",
-    **dict.fromkeys(("norm", "gate", "channels"), _POINTER),
-    **dict.fromkeys(("hidden", "width"), _SIZE),
-    eps=_FLOAT,
-)
-_Job: Any = _structure(
-    "Job",
-    **dict.fromkeys(("attention", "feed_forward", "sparse", "segments", "beside", "survival", "chosen"), _POINTER),
-    **dict.fromkeys(("number", "parts", "block_size", "reduce_max", "ranked", "keep"), _SIZE),
-    threshold=_FLOAT,
-)
 
 
 class PackedLinear:
@@ -111,7 +72,7 @@ class PackedLinear:
         self._bias = None if bias is None else bias.float().contiguous()
         stride, pair = (16, outputs // 2) if self.paired else (32, 16)
         pointers = (self.weights.data_ptr(), None if self._bias is None else self._bias.data_ptr())
-        self._matrix = _Matrix(*pointers, inputs, outputs, groups, stride, pair)
+        self._matrix = structures.Matrix(*pointers, inputs, outputs, groups, stride, pair)
         self.address = ctypes.addressof(self._matrix)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -194,7 +155,7 @@ class AttentionLayer:
         self._kept = (norm, beside_norm, qkv, output, query_norm, key_norm, cos, sin)
         beside, *norms = (None if one is None else one.data_ptr() for one in (beside_norm, query_norm, key_norm))
         pointers = (norm.data_ptr(), beside, qkv.address, output.address, *norms, cos.data_ptr(), sin.data_ptr())
-        self._layer = _Attention(*pointers, norm.shape[0], heads, kv_heads, cos.shape[-1], eps, scale)
+        self._layer = structures.Attention(*pointers, norm.shape[0], heads, kv_heads, cos.shape[-1], eps, scale)
         self.address = ctypes.addressof(self._layer)
 
 
@@ -218,7 +179,7 @@ class FeedForwardLayer:
         if not gate_up.paired or gate_up.outputs != 2 * down.inputs or gate_up.inputs != down.outputs:
             raise ValueError("the gate and up projections are not packed as a pair that fits the down projection")
         self._kept = (norm, gate_up, down)
-        self._layer = _FeedForward(norm.data_ptr(), gate_up.address, down.address, eps)
+        self._layer = structures.FeedForward(norm.data_ptr(), gate_up.address, down.address, eps)
         self.address = ctypes.addressof(self._layer)
 
 
@@ -240,7 +201,7 @@ class SparseFeedForwardLayer:
         self._kept = (norm, gate, channels)
         self.width = channels.shape[0]
         pointers = (norm.data_ptr(), gate.address, channels.data_ptr())
-        self._layer = _SparseFeedForward(*pointers, norm.shape[0], self.width, eps)
+        self._layer = structures.SparseFeedForward(*pointers, norm.shape[0], self.width, eps)
         self.address = ctypes.addressof(self._layer)
 
 
@@ -269,7 +230,7 @@ class Jobs:
 
         Args:
             layer: whose.
-            segments: array of :data:`Segment`, one per sequence, which own the tokens in order.
+            segments: array of :data:`structures.Segment`, one per sequence, which own the tokens in order.
             block_size: positions per block, where segments attend to chosen blocks.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
             parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
@@ -278,7 +239,7 @@ class Jobs:
             keep: what the segments point at and must live until the jobs have run.
         """
         self._jobs.append(
-            _Job(
+            structures.Job(
                 attention=layer.address,
                 segments=ctypes.addressof(segments),
                 beside=None if beside is None else beside.data_ptr(),
@@ -292,7 +253,7 @@ class Jobs:
 
     def feed_forward(self, layer: FeedForwardLayer) -> None:
         """Add a feed-forward half."""
-        self._jobs.append(_Job(feed_forward=layer.address))
+        self._jobs.append(structures.Job(feed_forward=layer.address))
         self._kept.append((layer,))
 
     def sparse_feed_forward(
@@ -320,7 +281,7 @@ class Jobs:
         chosen = torch.empty(2 + layer.width, dtype=torch.int64)
         survival = None if survival is None else survival.contiguous()
         self._jobs.append(
-            _Job(
+            structures.Job(
                 sparse=layer.address,
                 survival=None if survival is None else survival.data_ptr(),
                 chosen=chosen.data_ptr(),
@@ -342,7 +303,7 @@ class Jobs:
         Raises:
             MemoryError: no memory for the working set.
         """
-        jobs, kept = (_Job * len(self._jobs))(*self._jobs), list(self._kept)
+        jobs, kept = (structures.Job * len(self._jobs))(*self._jobs), list(self._kept)
         self._jobs.clear()
         self._kept.clear()
         kernels, pointer = _kernels(), hidden.data_ptr()
@@ -356,7 +317,7 @@ def fits(head_dim: int, dtype: torch.dtype, page: int) -> bool:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows that a head's queries take in :data:`Segment`.queries, for ``rows`` tokens times query heads."""
+    """Rows that a head's queries take in :data:`structures.Segment`.queries, for ``rows`` tokens times query heads."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
@@ -367,7 +328,7 @@ def stage_seconds() -> Any:
 
 def segments(number: int) -> Any:
     """An array of ``number`` empty segments."""
-    return (Segment * number)()
+    return (structures.Segment * number)()
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -396,8 +357,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         kernels = build.open_library("decoder_layer", Path(__file__).parent, _SOURCES)
-        kernels.decoder_layer_run.argtypes = [ctypes.c_int, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER]
-        kernels.decoder_layer_linear.argtypes = [ctypes.c_int, _POINTER, _POINTER, _FLOAT, _POINTER, _SIZE, _POINTER]
+        kernels.decoder_layer_run.argtypes = structures.RUN
+        kernels.decoder_layer_linear.argtypes = structures.LINEAR
     except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _log.warning("the kernels for decoder layers are unavailable, torch runs instead: %s", build.reason(error))
         return None
