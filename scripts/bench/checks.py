@@ -30,8 +30,8 @@ OPERATOR_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 
 _STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Of the logits of the median token: rounding grows over the layers."""
 _CHANNEL_TOLERANCE = 0.1
-"""The same where 16-bit magnitudes choose channels: many are equal at the edge of a budget, and rounding chooses up to a
-twentieth of the channels, which moves a layer's output by up to 0.11 of its norm."""
+"""The same where 16-bit magnitudes choose channels: many are equal at the edge of a budget, and rounding chooses a
+twentieth of the channels or less, which moves a layer's output by up to 0.11 of its norm."""
 _CHANGED, _MOST_TOKENS = 0.2, 0.8
 """What so many of the tokens must stay below, though their blocks or channels may have changed places."""
 _ALONE = 5
