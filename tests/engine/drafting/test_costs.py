@@ -112,7 +112,7 @@ def test_a_head_pays_what_it_fuses_remembers_and_runs() -> None:
     assert spent(drafter) == cost.remember(2)
     drafter.observe([5, 6], torch.randn(2, 24))
     drafter.propose(2)
-    expected = cost.remember(2) + cost.remember(2) + cost.run(1, 5, fused=1) + cost.run(1, 6)
+    expected = cost.remember(2) + cost.remember(2, alone=False) + cost.run(1, 5, fused=1) + cost.run(1, 6)
     assert spent(drafter) == expected
     assert spent(CombinedDrafter(LookupDrafter(Growth(2), 3), drafter, 2)) == expected
 
