@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse.budget import MoeBudget
-from sparse.ops.moe import native
+from sparse.ops.moe import native, routing
 from sparse.ops.weights import MoeWeights
 from sparse.tree import Tree, survival_weights
 
@@ -67,11 +67,7 @@ def route(probabilities: Tensor, weights: MoeWeights) -> Tensor:
     """
     if probabilities.shape[0] <= _FEW_ROWS and native.routes(probabilities):
         return _native(probabilities, weights, probabilities.shape[1], 1.0)[0]
-    dense = _mark(probabilities, probabilities.topk(weights.top_k, dim=-1).indices)
-    if weights.unit:
-        return dense.to(probabilities.dtype)
-    chosen = probabilities * dense
-    return chosen / chosen.sum(-1, keepdim=True) if weights.normalise else chosen
+    return routing.route(probabilities, top_k=weights.top_k, normalise=weights.normalise, unit=weights.unit)
 
 
 def restrict(
@@ -100,13 +96,16 @@ def restrict(
         )
         return combine, Restriction(wanted, kept, 0, substituted, wanted - kept, 0, union_dense, union)
     top = probabilities.topk(weights.top_k, dim=-1)
-    dense = _mark(probabilities, top.indices)
-    rule = _mark(probabilities, top.indices, _kept_by_rule(top.values, budget, layer))
+    dense = routing.mark(probabilities, top.indices)
+    rule = routing.mark(probabilities, top.indices, _kept_by_rule(top.values, budget, layer))
     runs, inside = rule, rule
     if budget.union is not None and budget.union < probabilities.shape[1]:
-        loaded = _loaded(probabilities, dense, rule, weights, budget, tree)
+        survival = survival_weights(probabilities.shape[0], budget.survival, probabilities.device, tree)
+        loaded = routing.best_union(
+            probabilities, dense, rule, limit=budget.union, normalise=weights.normalise, survival=survival
+        )
         inside = rule & loaded
-        runs = _inside_union(probabilities, rule, inside, loaded, budget.outside, weights.top_k)
+        runs = routing.inside_union(probabilities, rule, loaded, outside=budget.outside, top_k=weights.top_k)
     final = runs | (dense & runs.any(0)) if budget.free_loaded else runs
     masks = torch.stack((rule, inside, runs, final, dense))
     by_rule, remaining, running, kept, wanted = masks.sum((1, 2)).tolist()
@@ -121,7 +120,7 @@ def restrict(
         union_dense=union_dense,
         union=union,
     )
-    return _weigh(probabilities, final, dense, weights), restriction
+    return routing.weigh(probabilities, final, dense, normalise=weights.normalise, unit=weights.unit), restriction
 
 
 def _native(
@@ -138,12 +137,6 @@ def _native(
     )
     wanted, kept, substituted, union_dense, union = counts
     return combine, (wanted, kept, substituted, union_dense, union)
-
-
-def _mark(probabilities: Tensor, experts: Tensor, keep: Tensor | None = None) -> Tensor:
-    """[tokens, experts], bool: true at ``experts`` [tokens, k] where ``keep`` [tokens, k] is (None: everywhere)."""
-    marked = torch.zeros_like(probabilities, dtype=torch.bool)
-    return marked.scatter_(1, experts, True) if keep is None else marked.scatter_(1, experts, keep)
 
 
 def _kept_by_rule(values: Tensor, budget: MoeBudget, layer: int) -> Tensor | None:
@@ -164,37 +157,3 @@ def _kept_by_rule(values: Tensor, budget: MoeBudget, layer: int) -> Tensor | Non
         skipped = (below * (place[:most] + 1)).amax(-1, keepdim=True)
         return place < top_k - skipped
     return None
-
-
-def _loaded(
-    probabilities: Tensor, dense: Tensor, rule: Tensor, weights: MoeWeights, budget: MoeBudget, tree: Tree | None
-) -> Tensor:
-    """[experts], bool: the best ``budget.union`` of the experts that a token still wants."""
-    assert budget.union is not None
-    survival = survival_weights(probabilities.shape[0], budget.survival, probabilities.device, tree)[:, None]
-    if weights.normalise:
-        survival = survival / (probabilities * dense).sum(-1, keepdim=True)
-    wanted = rule.any(0)
-    score = (probabilities * rule * survival).sum(0).masked_fill_(~wanted, -1.0)
-    best = torch.zeros_like(wanted).scatter_(0, score.topk(budget.union).indices, True)
-    return best & wanted
-
-
-def _inside_union(
-    probabilities: Tensor, rule: Tensor, inside: Tensor, loaded: Tensor, outside: str, top_k: int
-) -> Tensor:
-    """Pairs that run when only ``loaded`` experts [experts] may: those inside, and the substitutes of the others."""
-    target = rule.sum(-1) if outside == "substitute" else inside.sum(-1).clamp_min(1)
-    preference = probabilities.masked_fill(~loaded, -1.0).masked_fill_(inside, 2.0)
-    best = preference.topk(min(top_k, preference.shape[1]), dim=-1)
-    place = torch.arange(best.indices.shape[1], device=target.device)
-    return _mark(probabilities, best.indices, (place < target[:, None]) & (best.values > 0))
-
-
-def _weigh(probabilities: Tensor, runs: Tensor, dense: Tensor, weights: MoeWeights) -> Tensor:
-    """``combine`` of the pairs that run, scaled to the sum of the token's dense top-k."""
-    if weights.unit:
-        return runs.to(probabilities.dtype)
-    chosen = probabilities * runs
-    total = chosen.sum(-1, keepdim=True)
-    return chosen / total if weights.normalise else chosen * ((probabilities * dense).sum(-1, keepdim=True) / total)
