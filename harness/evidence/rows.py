@@ -23,7 +23,7 @@ from harness.evidence.labels import (
     setting_labels,
     task_label,
 )
-from harness.evidence.store import StoredRun, folder_lock, load_runs, write_table
+from harness.evidence.store import StoredRun, folder_lock, load_runs, remove_leftovers, write_table
 
 COUNTED = ("ok", "partial")
 TAKEN_OVER = ("reuse.anchor", "reuse.skip_retrieval")
@@ -279,6 +279,7 @@ def write_overview(results_dir: Path | str, *, sources: str) -> Path:
     folder = Path(results_dir)
     with folder_lock(folder / "runs", ".summary.lock"):
         file = folder / "summary.csv"
+        remove_leftovers(folder, file.name)
         write_table(file, [_overview(row) for row in collect(folder, sources=sources)])
     return file
 
