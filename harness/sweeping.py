@@ -172,7 +172,7 @@ def _results_dir(configs: Sequence[Config]) -> str:
 def _check_side_by_side(configs: Sequence[Config], launcher: str) -> None:
     """Refuse members that would crowd the cores; say what becomes of timings."""
     chosen = f"hydra/launcher={launcher}"
-    if any(getattr(config, "exclusive", True) for config in configs):
+    if any(config.exclusive for config in configs):
         print(
             f"{chosen}: members on one machine take turns; exclusive=false runs them side by side, for quality alone: "
             "timings are then marked shared",

@@ -84,6 +84,7 @@ class Sweep:
         self.argv = [sys.executable, str(ROOT / "run.py"), "-m", *argv, "results_dir=results"]
         path = os.pathsep.join([str(folder / "site"), str(ROOT)])
         self.environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
+        self.environment["SPARSE_VERIFICATION_LOCKS"] = str(folder)
 
     def start(self) -> subprocess.Popen[str]:
         self.calls += 1
@@ -163,7 +164,9 @@ def survives_two_kills(sweep: Sweep, members: int, examples: int, rng: random.Ra
 
 def complete(stored: dict[str, bytes]) -> set[tuple[str, str]]:
     """(fingerprint, example) of the examples that every arm finished; none twice."""
-    found = Counter((name, json.loads(line)["example_id"]) for name, text in stored.items() for line in text.splitlines())
+    found = Counter(
+        (name, json.loads(line)["example_id"]) for name, text in stored.items() for line in text.splitlines()
+    )
     assert max(found.values(), default=0) <= ARMS
     return {key for key, count in found.items() if count == ARMS}
 
