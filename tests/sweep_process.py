@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from harness.evidence.store import is_held
+
 ROOT = Path(__file__).resolve().parents[1]
 SITE = '''
 """Python imports this at start: every stored example leaves a line in TRACE; without REAL a runner decodes nothing."""
@@ -75,12 +77,16 @@ ARMS = 3
 
 
 class Sweep:
-    """One command on one results folder, called again and again; `calls` counts."""
+    """One command on one results folder, called again and again.
+
+    `calls` counts; `kept` holds what was stored when a call was killed, as `complete` gives it.
+    """
 
     def __init__(self, folder: Path, *argv: str, **environment: str) -> None:
         (folder / "site").mkdir(parents=True, exist_ok=True)
         (folder / "site" / "sitecustomize.py").write_text(SITE)
         self.folder, self.results, self.calls = folder, folder / "results", 0
+        self.kept: dict[int, set[tuple[str, str]]] = {}
         self.argv = [sys.executable, str(ROOT / "run.py"), "-m", *argv, "results_dir=results"]
         path = os.pathsep.join([str(folder / "site"), str(ROOT)])
         self.environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
@@ -134,32 +140,45 @@ class Sweep:
         time.sleep(delay)
         assert process.poll() is None, "the kill must come in the middle of the sweep"
         self.kill(process, workers=workers)
+        self.kept[self.calls] = complete(self.stored())
+
+    def settle(self) -> None:
+        """Wait until no process holds a run: workers whose parent was killed may go on for a while."""
+        deadline = time.monotonic() + 100
+        while any(is_held(folder) for folder in self.results.glob("runs/*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def lines(stored: dict[str, bytes]) -> int:
     return sum(content.count(b"\n") for content in stored.values())
 
 
-def survives_two_kills(sweep: Sweep, members: int, examples: int, rng: random.Random, *, workers: bool = True) -> str:
-    """Kill a sweep twice and call it once more; returns the last standard error.
+def survives_two_kills(sweep: Sweep, members: int, examples: int, rng: random.Random) -> str:
+    """Kill a sweep and its workers twice and call it once more; returns the last standard error.
 
     Asserts that it is complete then, that no stored example ran again, and that no file is half-written.
     """
-    kept: set[tuple[str, str]] = set()
     for _ in range(2):
-        sweep.kill_at(rng.randint(1, members * examples // 3), rng.uniform(0, 0.1), workers=workers)
+        sweep.kill_at(rng.randint(1, members * examples // 3), rng.uniform(0, 0.1))
         before = sweep.stored()
-        assert not kept & set(sweep.appended(sweep.calls)), "a stored example ran again"
-        kept = complete(before)
-        assert len(kept) < members * examples
+        assert len(complete(before)) < members * examples
     code, _, err = sweep.run()
     assert code == 0, err
-    assert not kept & set(sweep.appended(sweep.calls)), "a stored example ran again"
+    for call in (2, 3):
+        assert sweep.appended(call) and not sweep.kept[call - 1] & set(sweep.appended(call)), (
+            "a stored example ran again"
+        )
+    check_complete(sweep, members, examples, before)
+    return err
+
+
+def check_complete(sweep: Sweep, members: int, examples: int, before: dict[str, bytes]) -> None:
+    """Every example is stored once, those that were stored ``before`` to the byte, in files that can be read."""
     after = sweep.stored()
     assert all(after[name].startswith(whole(content)) for name, content in before.items())
     assert len(complete(after)) == members * examples and lines(after) == members * examples * ARMS
     check_files(sweep.results)
-    return err
 
 
 def complete(stored: dict[str, bytes]) -> set[tuple[str, str]]:
