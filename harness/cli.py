@@ -66,6 +66,7 @@ def guard(number: int | None = None, overrides: Sequence[str] = ()) -> Iterator[
     Raises SystemExit, or Reported inside a member.
     """
     try:
+        sweeping.enter()
         yield
     except Exception as error:
         if number is not None and isinstance(error, RunLocked):

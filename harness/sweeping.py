@@ -84,6 +84,7 @@ def begin(typed: Sequence[list[str]], configs: Sequence[Config], settings: Any) 
         stderr=_stderr(),
     )
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(path)  # processes of the launchers import harness from any folder
     told = base64.urlsafe_b64encode(json.dumps(asdict(_started)).encode()).decode()
     return f"+hydra.job.env_set.{VARIABLE}='{told}'"
@@ -99,6 +100,23 @@ def command() -> list[str]:
     """The command line that was typed, also in processes that a launcher started."""
     sweep = current()
     return sys.argv if sweep is None else sweep.argv
+
+
+def enter() -> None:
+    """Go to the folder where the command was typed: workers of a cluster that was there before start elsewhere.
+
+    Raises:
+        ConfigError: this machine does not have that folder.
+    """
+    sweep = current()
+    if sweep is not None:
+        try:
+            os.chdir(sweep.folder)
+        except OSError as error:
+            raise ConfigError(
+                f"results_dir={sweep.results_dir}: {sweep.folder} is not on this machine ({error.strerror}); "
+                "workers need the same folders as the machine that starts the sweep"
+            ) from error
 
 
 def arrive(config: Config, number: int | None) -> str:

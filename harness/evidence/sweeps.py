@@ -83,7 +83,7 @@ def write(results_dir: Path | str, name: str, command: str, members: Sequence[Me
     mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
     sweep = Sweep(Path(results_dir), name, mark, command, tuple(members), sources)
     content = {key: value for key, value in asdict(sweep).items() if key != "results_dir"}
-    with folder_lock(_folder(results_dir), ".lock"):
+    with folder_lock(_folder(results_dir), ".sweeps.lock"):
         remove_leftovers(_folder(results_dir))
         write_text(_file(sweep, "json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return sweep
