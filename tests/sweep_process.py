@@ -92,17 +92,21 @@ class Sweep:
         self.environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
         self.environment["SPARSE_VERIFICATION_LOCKS"] = str(folder)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[bytes]:
         self.calls += 1
         environment = {**self.environment, "TRACE": str(self.trace(self.calls))}
-        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.argv, cwd=self.folder, env=environment, start_new_session=True, **piped)
+        with (self.folder / f"out{self.calls}").open("w") as out, (self.folder / f"err{self.calls}").open("w") as err:
+            files = {"stdout": out, "stderr": err}  # workers that outlive their parent would keep a pipe open
+            return subprocess.Popen(self.argv, cwd=self.folder, env=environment, start_new_session=True, **files)
 
     def run(self, timeout: float = 250) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of one more call that nobody disturbs."""
-        process = self.start()
-        out, err = process.communicate(timeout=timeout)
-        return process.returncode, out, err
+        code = self.start().wait(timeout)
+        return code, self.printed("out"), self.printed("err")
+
+    def printed(self, stream: str, call: int | None = None) -> str:
+        """What a call, by default the last, wrote to ``out`` or ``err``."""
+        return (self.folder / f"{stream}{call or self.calls}").read_text()
 
     def trace(self, call: int) -> Path:
         return self.folder / f"trace{call}"
@@ -120,7 +124,7 @@ class Sweep:
             found[file.parent.name] = content[: content.rfind(b"\n") + 1]
         return found
 
-    def kill(self, process: subprocess.Popen[str], *, workers: bool = True) -> None:
+    def kill(self, process: subprocess.Popen[bytes], *, workers: bool = True) -> None:
         """kill -9 of the process, and of all below it unless its workers shall go on."""
         below = psutil.Process(process.pid).children(recursive=True) if workers else []
         process.kill()
@@ -128,13 +132,13 @@ class Sweep:
             if child.is_running():
                 child.send_signal(signal.SIGKILL)
         psutil.wait_procs(below, timeout=10)
-        process.communicate()
+        process.wait()
 
     def kill_at(self, examples: int, delay: float, *, workers: bool = True) -> None:
         """Start a call and kill it `delay` seconds after `examples` more are stored."""
         before, process, deadline = lines(self.stored()), self.start(), time.monotonic() + 200
         while lines(self.stored()) < before + ARMS * examples:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, self.printed("err")
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(delay)

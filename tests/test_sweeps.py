@@ -51,8 +51,9 @@ def test_a_killed_sweep_is_completed_by_the_same_command(tmp_path: Path) -> None
 def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     sweep = calm(tmp_path, "attn.topk=8,9,10", "task.limit=2", "track=none", DECODE="1")
     first, second = sweep.start(), sweep.start()
-    told = [process.communicate(timeout=200)[1] for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), told
+    codes = [process.wait(200) for process in (first, second)]
+    told = [sweep.printed("err", call) for call in (1, 2)]
+    assert codes == [0, 0], told
     appended = sweep.appended(1) + sweep.appended(2)
     assert len(appended) == len(set(appended)) == 6 and sweep.appended(1) and sweep.appended(2)
     assert any("is running in another process and left to it" in text for text in told)
@@ -62,10 +63,9 @@ def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [(), JOBLIB, RAY], ids=["basic", "joblib", "ray"])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_sweep_killed_twice_is_completed_by_the_third_call(tmp_path: Path, argv: tuple[str, ...], seed: int) -> None:
+def test_a_sweep_killed_twice_is_completed_by_the_third_call(tmp_path: Path, argv: tuple[str, ...]) -> None:
     sweep = calm(tmp_path, *TWELVE, *launcher(*argv), DECODE="0.1")
-    err = survives_two_kills(sweep, 12, 2, random.Random(seed))
+    err = survives_two_kills(sweep, 12, 2, random.Random(1))
     assert any(line.endswith(": 12 ok of 12") for line in err.splitlines())
 
 
@@ -128,5 +128,5 @@ def test_every_launcher_stores_the_same(
 
 @pytest.mark.slow
 def test_twelve_real_runs_survive_two_kills(tmp_path: Path) -> None:
-    sweep = calm(tmp_path, *TINY, "attn.topk=8,9,10,11", "task=xsum,squad,math", REAL="1")
+    sweep = calm(tmp_path, *TINY, "attn.topk=5,6,7,8", "task=xsum,squad,math", REAL="1")
     survives_two_kills(sweep, 12, 2, random.Random(3))
