@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
 import sys
 import traceback
@@ -19,6 +20,7 @@ from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
 from harness.engine.drafting.base import NoDrafter
 from harness.engine.fidelity import compare, forced, log_probability
+from harness.estimate import foresee
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
 from harness.schema import Config, ConfigError, WandbOffline
 from harness.timing import OtherLoad
@@ -52,13 +54,17 @@ def run(config: Config, member: str = "", *, watch: Watch | None = None) -> floa
         watch: may end the run early; it is then stored as partial, and a later call goes on with it.
 
     Returns:
-        The speed-up of the sparse arm over the dense one, what a sweeper maximises; None without these arms.
+        The speed-up of the sparse arm over the dense one, what a sweeper maximises; None without these arms, or in a
+        dry run, which prints the seconds that it expects as its last line.
 
     Raises:
         ConfigError, tasks.base.TaskError: bad input, found before any compute and before anything is stored.
         RunFailed: the run broke or its measurements must not be believed; it is stored as such.
     """
     plain = build.resolved(config)
+    if config.dry_run:
+        print(json.dumps(foresee(config, plain, provenance.sources_hash(ROOT)), separators=(",", ":")), flush=True)
+        return None
     facts = _provenance(config, plain)
     try:
         with RunStore(config.results_dir, plain, config.arms) as store:
