@@ -56,7 +56,21 @@ def build(project: str, entity: str) -> Any:
             ("Report", _report(panels)),
         )
     ]
-    return spaces.Workspace(
+
+    class ByMember(spaces.Workspace):
+        """Groups the table of runs alone; panels go on showing every member of a sweep."""
+
+        def _to_model(self) -> Any:
+            model: Any = super()._to_model()
+            section = model.spec.section
+            for settings in (
+                section.settings,
+                *(each.local_panel_settings for each in section.panel_bank_config.sections),
+            ):
+                settings.use_runs_table_grouping_in_panels = False
+            return model
+
+    return ByMember(
         entity=entity,
         project=project,
         name=NAME,

@@ -273,6 +273,8 @@ def require_login() -> None:
             if wandb.login():
                 return
             reason = "not logged in"
+        except wandb.errors.UsageError:
+            reason = "not logged in"
         except wandb.errors.Error as error:
             reason = _line(error)
     raise TrackingError(f"W&B: {reason}; run `wandb login` or set WANDB_API_KEY")
