@@ -123,7 +123,11 @@ def _time(panels: Any) -> list[Any]:
     components = [
         panels.BarPlot(
             title=f"ms per step by component, {arm}",
-            metrics=[tracked.of_arm(arm, f"components_ms/{name}") for name in COMPONENTS],
+            metrics=[
+                tracked.of_arm(arm, f"components_ms/{name}")
+                for name in COMPONENTS
+                if (arm, name) != ("dense", "select")
+            ],
         )
         for arm in DRAFTING
     ]

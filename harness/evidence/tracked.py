@@ -78,6 +78,8 @@ def example_row(record: Record, *, texts: bool) -> dict[str, Any]:
         "tokens_per_second": record.tokens / record.seconds if record.seconds else 0.0,
         "acceptance_length": record.tokens / record.steps if record.steps else 0.0,
     }
+    if record.reference.get("tokens"):
+        row["reference_logprob"] = record.reference["logprob"] / record.reference["tokens"]
     return row | dict(record.grade)
 
 

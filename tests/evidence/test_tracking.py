@@ -346,6 +346,7 @@ def stored_keys(offline):
     return keys, settings
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style")
 def test_the_view_draws_only_what_runs_store(stored_keys):
     pytest.importorskip("wandb_workspaces")
     keys, settings = stored_keys
