@@ -54,4 +54,6 @@ def upload(run: Path, *, seconds: float, again: bool = False) -> str | None:
     if done.returncode == 0 and is_uploaded(run):
         return None
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return lines[-1].removeprefix("wandb: ").strip() if lines else f"exit code {done.returncode}"
+    if lines:
+        return lines[-1].removeprefix("wandb: ").strip()
+    return f"exit code {done.returncode}, but W&B left no mark of an upload"
