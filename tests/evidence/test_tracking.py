@@ -368,8 +368,9 @@ def test_the_view_draws_only_what_runs_store(stored_keys):
 
 
 def test_evidence_and_tables_import_nothing_heavy():
-    heavy = "{'torch', 'wandb', 'matplotlib', 'transformers', 'hydra', 'datasets'}"
+    heavy = "{'torch', 'wandb', 'wandb_workspaces', 'matplotlib', 'transformers', 'hydra', 'datasets'}"
     modules = "harness.evidence, harness.evidence.tracking, harness.evidence.rows, scripts.tables, scripts.plots"
+    modules += ", scripts.sync, scripts.workspace"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
