@@ -38,7 +38,13 @@ def upload(run: Path, *, seconds: float, again: bool = False) -> str | None:
     """
     more = ["--include-synced", "--include-online"] if again else []
     command = [sys.executable, "-m", "wandb", "sync", *more, str(run)]
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
+    folder = run.resolve().parent
+    places = {
+        "WANDB_DIR": str(folder.parent),
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        "WANDB_DATA_DIR": str(folder / "data"),
+    }
+    environment = places | {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
     try:
         done = subprocess.run(
             command,

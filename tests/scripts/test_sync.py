@@ -59,9 +59,11 @@ def test_a_dry_run_names_what_is_missing_and_touches_nothing(results, capsys):
 
 def test_one_failed_upload_leaves_the_others_and_shows_in_the_exit_code(results, wandb_command, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     assert sync.main(["--results", str(results), "--timeout", "5"]) == 1
     assert capsys.readouterr().out.splitlines() == [f"failed {OLD}: ERROR 403 no right", f"uploaded {NEW}"]
     assert all("WANDB_MODE" not in env and timeout == 5 for _, env, timeout in wandb_command)
+    assert {env["WANDB_DIR"] for _, env, _ in wandb_command} == {str(results)}
     assert sync.main(["--results", str(results), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"would upload {OLD}"]
 
