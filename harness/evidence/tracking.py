@@ -261,10 +261,10 @@ def log_results(
 
 
 def require_login() -> None:
-    """Check for credentials of W&B, without a connection.
+    """Check for credentials of W&B, and that its server takes them where W&B asks it.
 
     Raises:
-        TrackingError: there are none.
+        TrackingError: there are none, or the server refuses them or does not answer.
     """
     with _environment({}, without=("WANDB_MODE",)):
         import wandb
@@ -272,12 +272,11 @@ def require_login() -> None:
         try:
             if wandb.login():
                 return
-            reason = "not logged in"
         except wandb.errors.UsageError:
-            reason = "not logged in"
-        except wandb.errors.Error as error:
-            reason = _line(error)
-    raise TrackingError(f"W&B: {reason}; run `wandb login` or set WANDB_API_KEY")
+            pass
+        except (wandb.errors.Error, OSError, ValueError) as error:
+            raise TrackingError(f"W&B: {_line(error)}; check the connection, or run `wandb login` again") from None
+    raise TrackingError("W&B: not logged in; run `wandb login` or set WANDB_API_KEY")
 
 
 def default_entity() -> str:
