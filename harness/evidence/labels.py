@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 TIMES = "\u00d7"
 SIMULATED = "simulated"
 FORCED = "forced oracle"
+SHARED = "shared"
 NO_DRAFTS = "no drafts"
 AXES = ("attention", "ffn", "experts", "reuse")
 GROUPS = {"attention": "attn", "ffn": "ffn", "experts": "moe", "reuse": "reuse"}

@@ -52,6 +52,7 @@ class Record:
     pairs: dict[str, int] = field(default_factory=dict)
     stale: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, float | None] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)
     selections: dict[str, Any] = field(default_factory=dict)
     bytes_per_step: float | None = None
     flops_per_step: float | None = None
@@ -105,6 +106,7 @@ _MAPPINGS = (
     "pairs",
     "stale",
     "fidelity",
+    "reference",
     "selections",
 )
 

@@ -67,9 +67,11 @@ def build_summary(
     seed: int = 0,
     resamples: int = RESAMPLES,
     greedy: bool = True,
+    exclusive: bool = True,
 ) -> dict[str, Any]:
     """The whole of summary.json.
 
+    `exclusive` says whether the timed part had its cores or its GPU for itself: else times are unreliable.
     A run given as ok or partial becomes `invalid` when `problems` finds any. A failed run keeps no measurement, an
     invalid one keeps its arms for diagnosis but claims no comparison. Texts are scrubbed of paths.
 
@@ -107,6 +109,7 @@ def build_summary(
         "task": task,
         "model": scrub(model),
         "device": scrub(device),
+        "exclusive": exclusive,
     }
     return head | measured | {"notes": [scrub(note) for note in notes]}
 
