@@ -84,11 +84,15 @@ def _missing(every: dict[Home, list[list[Row]]], shown: dict[Home, list[list[Row
 
 
 def _line(axis: Axes, line: Sequence[Row], found: Sequence[Estimate], colour: str, marker: str) -> None:
-    places = [row.prompt_tokens or float("nan") for row in line]
-    axis.errorbar(places, values(found), yerr=bars(found), color=colour, linewidth=1.5, capsize=2.5, elinewidth=1.1)
-    for x, item, row in zip(places, found, line, strict=True):
+    places, heights = _places(line), values(found)
+    axis.errorbar(places, heights, yerr=bars(found), color=colour, linewidth=1.5, capsize=2.5, elinewidth=1.1)
+    for x, y, row in zip(places, heights, line, strict=True):
         face = "white" if row.stale else colour
-        axis.plot([x], [item.value], color=colour, marker=marker, markersize=6, markerfacecolor=face)
+        axis.plot([x], [y], color=colour, marker=marker, markersize=6, markerfacecolor=face)
+
+
+def _places(line: Sequence[Row]) -> list[float]:
+    return [float("nan") if row.prompt_tokens is None else row.prompt_tokens for row in line]
 
 
 def _over_dense(axis: Axes, lines: Sequence[list[Row]], names: Sequence[str]) -> None:
@@ -96,7 +100,7 @@ def _over_dense(axis: Axes, lines: Sequence[list[Row]], names: Sequence[str]) ->
         colour, marker = mark(names.index(line[0].setting))
         _line(axis, line, [row.sparse_vs_dense for row in line], colour, marker)
         limits = [float("nan") if row.limit is None else row.limit for row in line]
-        axis.plot([row.prompt_tokens for row in line], limits, color=colour, linestyle=":", linewidth=1.5)
+        axis.plot(_places(line), limits, color=colour, linestyle=":", linewidth=1.5)
     axis.axhline(1.0, color=GREY, linestyle="--", linewidth=1.1)
     axis.set_ylabel("speed-up over dense")
 

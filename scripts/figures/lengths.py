@@ -70,9 +70,9 @@ def _draw(axis: Axes, curve: Curve, colour: str, marker: str) -> None:
     lengths = [length(row) for row in curve.rows]
     style: dict[str, Any] = {"color": colour, "linewidth": 1.4, "capsize": 2, "elinewidth": 1}
     axis.errorbar(curve.across, values(lengths), yerr=bars(lengths), label=None, **style)
-    for x, item, row in zip(curve.across, lengths, curve.rows, strict=True):
+    for x, y, row in zip(curve.across, values(lengths), curve.rows, strict=True):
         face = "white" if row.stale else colour
-        axis.plot([x], [item.value], color=colour, marker=marker, markersize=5.5, markerfacecolor=face)
+        axis.plot([x], [y], color=colour, marker=marker, markersize=5.5, markerfacecolor=face)
     dense = [value for row in curve.rows if (value := row.acceptance_length("dense")) is not None]
     if dense:
         axis.axhline(median(dense), color=colour, linestyle="--", linewidth=1.1)

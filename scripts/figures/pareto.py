@@ -43,26 +43,25 @@ class Loss:
     floor: Callable[[Row], Estimate]
 
 
-def _mirrored(item: Any, whole: float = 0.0, factor: float = 1.0) -> Estimate:
-    """What is missing to `whole`, with its interval."""
-    if item is None or item.value is None:
+def _missing_to(whole: float, item: Estimate, factor: float = 1.0) -> Estimate:
+    """What is missing to `whole`, in units of which `factor` make one of the item's, with its interval."""
+    if item.value is None:
         return Estimate()
-    low, high = item.ci if item.ci is not None else (None, None)
-    interval = None if low is None else (factor * (whole - high), factor * (whole - low))
+    interval = None if item.ci is None else (factor * (whole - item.ci[1]), factor * (whole - item.ci[0]))
     return Estimate(factor * (whole - item.value), interval)
 
 
 LOSSES = (
-    Loss("tokens unlike dense's, %", lambda row: _mirrored(row.agreement, 1.0, 100.0), lambda row: Estimate()),
+    Loss("tokens unlike dense's, %", lambda row: _missing_to(1.0, row.agreement, 100.0), lambda row: Estimate()),
     Loss(
         "log-probability of the\nreference lost, nats per token",
-        lambda row: _mirrored(getattr(row, "reference_delta", None)),
-        lambda row: _mirrored(getattr(row, "reference_floor", None)),
+        lambda row: _missing_to(0.0, row.reference_delta),
+        lambda row: _missing_to(0.0, row.reference_floor),
     ),
     Loss(
         "{metric} lost,\npoints against dense",
-        lambda row: _mirrored(row.delta),
-        lambda row: _mirrored(getattr(row, "floor", None)),
+        lambda row: _missing_to(0.0, row.delta),
+        lambda row: _missing_to(0.0, row.floor),
     ),
 )
 
@@ -198,8 +197,8 @@ def _floor(panel: Panel) -> tuple[float, float] | None:
 def _point(axis: Axes, across: Estimate, up: Estimate, *, on_front: bool, row: Row) -> None:
     colour = COLOURS[0] if on_front else PALE
     axis.errorbar(
-        [across.value],
-        [up.value],
+        values([across]),
+        values([up]),
         xerr=bars([across]),
         yerr=bars([up]),
         color=colour,

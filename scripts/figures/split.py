@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.evidence.rows import Estimate, Row
-from scripts.figures.style import COLOURS, GREY, bars, by_place, left_out, named, notes, styled, telling
+from scripts.figures.style import COLOURS, GREY, bars, by_place, left_out, named, notes, styled, telling, values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 FACTORS = {"tokens_per_step": ("tokens per step", COLOURS[0]), "steps_per_second": ("steps per second", COLOURS[1])}
 """Key of a pair's split -> name and colour of the factor."""
 
-PAIR = "sparse_vs_dense"
 _TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0)
 _MOST_TICKS = 7
 
 
 def factor(row: Row, name: str) -> Estimate:
     """One of FACTORS, sparse over dense; from the arms' totals, without an interval, in runs that do not hold it."""
-    stored = (getattr(row, "split", None) or {}).get(PAIR) or {}
-    found: Estimate | None = stored.get(name)
-    if found is not None and found.value is not None:
+    found: Estimate = getattr(row.split["sparse_vs_dense"], name)
+    if found.value is not None:
         return found
     if name == "tokens_per_step":
         above, below = (row.acceptance_length(arm) for arm in ("sparse", "dense"))
@@ -82,7 +80,7 @@ def _run(axis: Axes, index: int, row: Row) -> None:
             axis.errorbar([value], [place], xerr=bars([found]), **whiskers)
     whole = row.sparse_vs_dense
     style: Any = {"marker": "D", "markersize": 5.5, "color": "black", "markerfacecolor": _face(row)}
-    axis.errorbar([whole.value], [index + 0.27], xerr=bars([whole]), **style, **(whiskers | {"ecolor": "black"}))
+    axis.errorbar(values([whole]), [index + 0.27], xerr=bars([whole]), **style, **(whiskers | {"ecolor": "black"}))
 
 
 def _face(row: Row) -> str:
