@@ -24,6 +24,9 @@ SHADES = ("#ffffd9", "#d6efb3", "#8cd1bb", "#41a6c2", "#2263a8", "#0c2350")
 _MARKS = {"dense": (COLOURS[0], "o", -0.19), "sparse": (COLOURS[1], "s", 0.19)}
 _LABEL_WIDTH = 30
 _TICK: Any = {"marker": "|", "markersize": 11, "markeredgewidth": 1.8, "linestyle": "none"}
+_NUMBER = 0.16
+"""Room for the number right of the longest, as a share of the range."""
+
 _LEAST_TOLD = 0.085
 _DARK = 5
 
@@ -58,13 +61,20 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
         task, data, model, device = place
         left.set_title(f"{task} ({data}), n={min(row.examples for row in members)}\n{model} on {device}", loc="left")
     grid[-1, 0].set_xlabel("acceptance length: new tokens per step")
-    grid[-1, 0].set_xlim(left=min([1.0, *(min(line.get_xdata()) for axis in grid[:, 0] for line in axis.lines)]))
+    low, high = _range(grid[:, 0])
+    grid[-1, 0].set_xlim(low, high + _NUMBER * (high - low))
     grid[-1, 1].set_xlabel("share of steps by their new tokens, %")
     grid[-1, 1].set_xlim(0, 100)
     shown = [row for members in grouped.values() for row in members]
     notes(figure, shown, [*cautions(shown), *left_out(missing)])
     _legends(figure)
     return figure
+
+
+def _range(axes: Sequence[Axes]) -> tuple[float, float]:
+    """The lengths that are shown, from 1 on at most."""
+    found = [x for axis in axes for line in axis.lines for x in line.get_xdata()]
+    return min([1.0, *found]), max([1.5, *found])
 
 
 def _grouped(rows: Sequence[Row]) -> dict[Place, list[Row]]:

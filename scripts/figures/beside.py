@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Box = tuple[float, float, float, float]
-_RADII = (11.0, 15.0, 20.0, 28.0, 38.0)
+_RADII = (12.0, 15.0, 20.0, 28.0, 38.0)
 _ANGLES = tuple(turn * pi / 8 for turn in (2, 6, 14, 10, 0, 8, 4, 12, 1, 7, 15, 9, 3, 5, 13, 11))
 _POINT = 4.0
 _WIDE = 0.68
+_AIR = 2.0
 _LEADER = 13.0
 
 
@@ -38,7 +39,7 @@ def label(
     shut = [_around(*place) for place in [*places, *(axis.transData.transform(point) / scale for point in others)]]
     taken: list[Box] = []
     for place, point, text in zip(places, points, texts, strict=True):
-        wide, high = _WIDE * size * len(text), size
+        wide, high = _WIDE * size * len(text) + _AIR, size + _AIR
         offset = _free(place, wide, high, inside, taken, shut)
         taken.append(_box(place, offset, wide, high))
         options: Any = {"fontsize": size, "fontweight": "bold", "ha": "center", "va": "center_baseline", "zorder": 6}
@@ -54,7 +55,7 @@ def _free(
     """The nearest offset in points whose box lies in the axes and off other labels, and covers the fewest points."""
     best, least = (_RADII[0], _RADII[0]), float("inf")
     for rank, (radius, angle) in enumerate(product(_RADII, _ANGLES)):
-        offset = (radius * cos(angle), radius * sin(angle))
+        offset = ((radius + (wide - high) / 2) * cos(angle), radius * sin(angle))
         box = _box(place, offset, wide, high)
         out = box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]
         cost = rank + 50.0 * sum(_meet(box, other) for other in shut)

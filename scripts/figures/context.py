@@ -27,11 +27,14 @@ Home = tuple[str, str, str, str]
 def series(rows: Sequence[Row]) -> dict[Home, list[list[Row]]]:
     """Runs that differ in LENGTH_KEYS alone, by growing prompts, under task, data, model and device."""
     usable = [row for row in rows if row.sparse_vs_dense.value is not None]
-    found: dict[Home, list[list[Row]]] = {}
+    found: dict[Home, list[list[Row]]] = {_home(row): [] for row in usable}
     for line in series_of(usable, LENGTH_KEYS, lambda row: row.prompt_tokens):
-        first = line[0]
-        found.setdefault((first.task_name, first.data, first.model, first.device), []).append(line)
-    return found
+        found[_home(line[0])].append(line)
+    return {home: lines for home, lines in found.items() if lines}
+
+
+def _home(row: Row) -> Home:
+    return row.task_name, row.data, row.model, row.device
 
 
 @styled

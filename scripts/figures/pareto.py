@@ -185,6 +185,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
         stairs: Any = {"color": COLOURS[0], "linewidth": _STAIR, "alpha": 0.3, "zorder": 2, "solid_capstyle": "butt"}
         axis.plot([*across, right], [*up, up[-1]], drawstyle="steps-post", **stairs)
         axis.set_xlim(right=right)
+    axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel(panel.loss.name.format(metric=panel.rows[0].metric))
 
 
