@@ -112,13 +112,26 @@ def _difference(
         return dict.fromkeys(KEYS)
     table = np.array([[*row, abs(row[0]) > _SAME] for row in columns], dtype=np.float64)
     totals = bootstrap.cluster_totals(table, groups)
+    value = float(bootstrap.mean_difference(totals.sum(axis=0)))
     bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
     se, clusters, changed = bootstrap.standard_error(totals), len(totals), int(np.sum(totals[:, 2] > 0))
     return {
-        "delta": float(bootstrap.mean_difference(totals.sum(axis=0))),
-        "ci95": list(bounds) if bounds else None,
+        "delta": value,
+        "ci95": _widened(value, bounds, se, clusters),
         "se": se,
         "clusters": clusters,
         "changed": changed,
         "mdd": detectable(se, clusters, changed, bounded=bounded),
     }
+
+
+def _widened(value: float, bounds: bootstrap.Interval | None, se: float | None, clusters: int) -> list[float] | None:
+    """BCa bounds, moved out to those of Student's t where they lie further in.
+
+    Most differences of outputs are zero and a few are large: from a few dozen such values BCa estimates a skew that is
+    not there, and excludes zero without cause in 7 to 8% of the cases.
+    """
+    if bounds is None or se is None:
+        return None
+    reach = bootstrap.t_quantile(0.975, clusters - 1) * se
+    return [min(bounds[0], value - reach), max(bounds[1], value + reach)]

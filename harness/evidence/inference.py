@@ -155,12 +155,16 @@ def _spread(difference: Difference) -> bool:
 def _tail(difference: Difference, distance: float, *, upper: bool) -> float:
     """Tail of Student's t beyond a distance above 0, on one side of the difference.
 
-    In units of its standard error or, where it is longer, of that side of the BCa interval over t_0.975: rare large
-    losses skew what a standard error takes as symmetric, and would be missed.
+    In units that give the end of the interval its own probability, so that test and interval agree. Where that side is
+    the longer one, rare large changes skew it, and its quantiles grow as z / (1 - a * z) as those of the BCa interval
+    do, with the `a` that makes this side as much longer as it is.
     """
     degrees = (difference.clusters or 2) - 1
-    unit = difference.se or 0.0
-    if difference.ci is not None and difference.value is not None:
-        reach = difference.ci[1] - difference.value if upper else difference.value - difference.ci[0]
-        unit = max(unit, reach / bootstrap.t_quantile(1 - ALPHA / 2, degrees))
-    return bootstrap.t_tail(distance / unit, degrees)
+    point = bootstrap.t_quantile(1 - ALPHA / 2, degrees)
+    value, unit, skew = difference.value or 0.0, difference.se or 0.0, 0.0
+    if difference.ci is not None:
+        sides = (value - difference.ci[0], difference.ci[1] - value)
+        own, other = sides[::-1] if upper else sides
+        skew = max(0.0, (own - other) / (own + other)) / point
+        unit = max(unit, own * (1 - skew * point) / point)
+    return bootstrap.t_tail(distance / (unit + skew * distance), degrees)

@@ -75,6 +75,8 @@ def build_summary(
     A run given as ok or partial becomes `invalid` when `problems` finds any. A failed run keeps no measurement, an
     invalid one keeps its arms for diagnosis but claims no comparison. Texts are scrubbed of paths.
 
+    Args:
+        exclusive: whether nothing else used the machine, so that timings may be believed.
     Raises:
         ValueError: unknown status, or arms that saw different prompts.
     """
