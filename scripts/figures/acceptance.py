@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness.evidence.labels import NO_DRAFTS
 from harness.evidence.rows import Row
 from scripts.draft_table import ARMS, cautions, compared, shares
@@ -73,7 +75,7 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
 
 def _range(axes: Sequence[Axes]) -> tuple[float, float]:
     """The lengths that are shown, from 1 on at most."""
-    found = [x for axis in axes for line in axis.lines for x in line.get_xdata()]
+    found: list[float] = [x for axis in axes for line in axis.lines for x in np.asarray(line.get_xdata()).tolist()]
     return min([1.0, *found]), max([1.5, *found])
 
 
