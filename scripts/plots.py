@@ -76,6 +76,8 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
         figure = draw(rows)
         if figure is None:
             continue
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for every file
         for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
             buffer = io.BytesIO()
             with plt.rc_context(STYLE):

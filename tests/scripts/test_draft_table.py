@@ -224,10 +224,12 @@ def test_the_figure_fits_and_says_what_marks_mean(figure):
     assert any("[stale]" in name for name in names) and not any("[forced oracle]" in name for name in names)
 
 
-def test_the_figure_of_two_drafters_is_written_beside_the_others(tmp_path):
+def test_the_figure_of_two_drafters_is_written_beside_the_others(tmp_path, monkeypatch):
     put(tmp_path, LOOKUP)
     put(tmp_path, SUFFIX)
     found = collected(tmp_path)
+    chosen = {name: plots.FIGURES[name] for name in ("tradeoff", "acceptance")}
+    monkeypatch.setattr(plots, "FIGURES", chosen)
     written = {file.name for file in plots.write(found, tmp_path / "figures")}
     assert {"acceptance.png", "acceptance.pdf", "tradeoff.png"} <= written
     drawn = plots.FIGURES["acceptance"](found)

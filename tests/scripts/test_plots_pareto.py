@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import matplotlib
@@ -37,12 +38,25 @@ def test_the_front_holds_what_nothing_dominates(points, best):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Thirty budgets of one task, and one run of another."""
+    """Thirty settings of one task, made of six runs, and one run of another."""
     folder = tmp_path_factory.mktemp("pareto")
-    for seed in range(30):
-        stored_run(folder, config("xsum", topk=2 + seed), seed=seed, gain=1.6 - 0.02 * seed, examples=4)
-    stored_run(folder, config("squad"))
-    return rows.collect(folder, sources="abc")
+    for seed in range(6):
+        stored_run(folder, config("xsum", topk=2 + seed), seed=seed, gain=1.6 - 0.1 * seed, examples=4)
+    stored_run(folder, config("squad"), examples=4)
+    stored = rows.collect(folder, sources="abc")
+    rng = random.Random(0)
+    return [
+        row if copy == 0 else moved(row, copy, rng) for row in stored for copy in range(5 if row.task == "xsum" else 1)
+    ]
+
+
+def moved(row, copy, rng):
+    """Another setting, somewhat faster and more or less lossy."""
+    new = {"fingerprint": f"{row.fingerprint}/{copy}", "setting": f"{row.setting}, variant {copy}"}
+    for name, by in (("sparse_vs_ar", 0.1), ("agreement", -0.02), ("reference_delta", 0.005), ("delta", 1.0)):
+        old, shift = getattr(row, name), by * rng.uniform(0, copy)
+        new[name] = replace(old, value=old.value + shift, ci=tuple(end + shift for end in old.ci))
+    return replace(row, **new)
 
 
 @pytest.fixture(scope="module")
