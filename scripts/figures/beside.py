@@ -55,7 +55,7 @@ def _free(
     """The nearest offset in points whose box lies in the axes and off other labels, and covers the fewest points."""
     best, least = (_RADII[0], _RADII[0]), float("inf")
     for rank, (radius, angle) in enumerate(product(_RADII, _ANGLES)):
-        offset = ((radius + (wide - high) / 2) * cos(angle), radius * sin(angle))
+        offset = ((radius + max(wide - high, 0.0) / 2) * cos(angle), radius * sin(angle))
         box = _box(place, offset, wide, high)
         out = box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]
         cost = rank + 50.0 * sum(_meet(box, other) for other in shut)
