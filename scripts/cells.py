@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
+from unicodedata import category, normalize
 
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Difference, Estimate, Row
@@ -208,8 +209,15 @@ def markdown(grid: Grid) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    """Text that LaTeX prints as it stands, in ASCII: a letter that has none is told by its base, or else as ?."""
+    return "".join(_LATEX.get(letter) or _ascii(letter) for letter in text)
+
+
+def _ascii(letter: str) -> str:
+    if letter.isspace():
+        return " "
+    plain = "".join(_LATEX.get(part, part) for part in normalize("NFKD", letter) if " " <= part <= "~")
+    return plain or ("" if category(letter) in ("Mn", "Cf") else "?")
 
 
 def latex(grid: Grid, notes: Sequence[str] = ()) -> str:

@@ -1,8 +1,6 @@
 import csv
 import io
 import re
-import shutil
-import subprocess
 
 import pytest
 from rich.console import Console
@@ -223,16 +221,6 @@ def test_special_characters_are_escaped():
         r"\textbar{}"
     )
     assert cells.markdown(cells.Grid("", ("a",), (("x|y\nz",),))).splitlines()[-1] == r"| x\|y z |"
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX engine")
-def test_latex_compiles(results, tmp_path):
-    tables.main(["--results", str(results), "--out", str(tmp_path)])
-    inputs = "\n".join(rf"\input{{{name}}}" for name in ("results.tex", "budgets.tex", "reference.tex"))
-    packages = r"\usepackage{booktabs,graphicx}"
-    text = rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}"
-    (tmp_path / "page.tex").write_text(text)
-    subprocess.run(["pdflatex", "-halt-on-error", "page.tex"], cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
