@@ -124,11 +124,11 @@ def difference(
     table = np.array([[*row, abs(row[0]) > _SAME] for row in columns], dtype=np.float64)
     totals = bootstrap.cluster_totals(table, clusters)
     value = float(bootstrap.mean_difference(totals.sum(axis=0)))
-    bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
+    bounds = bootstrap.interval(totals[:, :2], bootstrap.mean_difference, resamples=resamples, seed=seed)
     se, count, changed = bootstrap.standard_error(totals), len(totals), int(np.sum(totals[:, 2] > 0))
     return {
         "delta": value,
-        "ci95": _widened(value, bounds, se, count),
+        "ci95": _widened(value, bounds, se, bootstrap.effective(totals[:, 1])),
         "se": se,
         "clusters": count,
         "changed": changed,
