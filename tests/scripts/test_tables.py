@@ -178,7 +178,7 @@ def test_latex_is_well_formed(found, results):
             body = part[part.index(r"\toprule") : part.index(r"\bottomrule")]
             lines = [line for line in body.splitlines() if line.endswith(r"\\")]
             assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(spec)}
-            assert part.count(r"\end{table*}") == part.count(r"\begin{tabular}") == part.count(r"\end{tabular}") == 1
+            assert part.count(r"\end{table*}") == 1 and part.count(r"\begin{tabular}") == part.count(r"\end{tabular}")
 
 
 def test_long_tables_go_on_in_latex_and_notes_stand_once():
@@ -188,7 +188,7 @@ def test_long_tables_go_on_in_latex_and_notes_stand_once():
     text = cells.latex(grid, ["below"])
     captions = re.findall(r"\\caption\{(.*)\}", text)
     assert captions == ["T", "T (continued)", "T (continued)"] and text.count("below") == 1
-    assert text.count(r"\shortstack[r]{{[1, 2]}\\{[3]}} \\") == 45 and text.count(r"\midrule") == 3
+    assert text.count(r"{@{}r@{}}{[1, 2]}\\{[3]}\end{tabular} \\") == 45 and text.count(r"\midrule") == 3
 
 
 def test_the_budget_table_says_what_was_read_kept_and_realised(found):
