@@ -245,7 +245,7 @@ def _latex_table(grid: Grid, shown: range, caption: str, notes: Sequence[str]) -
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            _latex_line(grid, grid.header),
+            _latex_line(grid, grid.header, "b"),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -257,14 +257,13 @@ def _latex_table(grid: Grid, shown: range, caption: str, notes: Sequence[str]) -
     )
 
 
-def _latex_line(grid: Grid, cells: Sequence[str]) -> str:
-    return " & ".join(_latex_cell(cell, right=index in grid.right) for index, cell in enumerate(cells)) + r" \\"
+def _latex_line(grid: Grid, cells: Sequence[str], place: str = "t") -> str:
+    return " & ".join(_latex_cell(cell, index in grid.right, place) for index, cell in enumerate(cells)) + r" \\"
 
 
-def _latex_cell(cell: str, *, right: bool) -> str:
+def _latex_cell(cell: str, right: bool, place: str) -> str:
     """Lines stacked; a leading bracket is wrapped, as it would be read as an option of the line end before it."""
     parts = [escape(part) for part in cell.split("\n")]
     parts = [f"{{{part}}}" if part.startswith("[") else part for part in parts]
-    side = "r" if right else "l"
-    stacked = r"\\".join(parts)
-    return stacked if len(parts) == 1 else rf"\shortstack[{side}]{{{stacked}}}"
+    stacked, side = r"\\".join(parts), "r" if right else "l"
+    return stacked if len(parts) == 1 else rf"\begin{{tabular}}[{place}]{{@{{}}{side}@{{}}}}{stacked}\end{{tabular}}"
