@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from harness.engine.model import loading
 from harness.engine.model.device_step import DeviceStep
 from harness.engine.model.engines import make_step
 from harness.engine.model.families import UnsupportedModel, adapt, check_supported, max_positions
+from harness.engine.prefills import Prefills, PrefillStore
+from harness.evidence.provenance import portable
 from harness.schema import Config, ConfigError
 from harness.timing import make_clock
 from sparse.budget import Sparsity
@@ -31,6 +34,8 @@ from tasks.prompting import Prepared, prepare
 
 DRAFTING_ARMS = ("dense", "sparse")
 _MEMORY_SHARE = 0.9
+_NOT_PREFILL = ("warmup", "batch_size", "wave", "threads")
+"""Keys of the engine that leave a prefill as it is, or are compared as what they come to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Plan:
         dtype, device, threads: resolved, no ``auto`` left.
         capacity: positions that the longest prompt and its answer need.
         wave: examples that are prefilled together and decoded by one arm after the other.
+        depth: tokens on a path of a draft at most.
         budgets: per arm, what may be skipped.
         required_paths: per arm, path counters that must not stay at zero.
     """
@@ -61,6 +67,7 @@ class Plan:
     threads: int
     capacity: int
     wave: int
+    depth: int
     budgets: dict[str, Sparsity]
     required_paths: dict[str, list[str]]
 
@@ -72,12 +79,14 @@ class Engine:
     Attributes:
         decoder: runs the examples of a wave.
         drafters: per arm, one for each row of the cache.
+        prefills: prompts that the decoder keeps for later runs, or took from earlier ones.
         replays: drafters that must be told the greedy continuation of their row's prompt before.
     """
 
     decoder: Decoder
     drafters: dict[str, list[Drafter]]
     replays: list[list[OracleDrafter]]
+    prefills: Prefills
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -162,6 +171,7 @@ def plan(config: Config) -> Plan:
         threads=thread_count(config),
         capacity=capacity,
         wave=wave,
+        depth=drafters.depth(config),
         budgets={arm: sparsity if arm in SPARSE_ARMS else Sparsity() for arm in config.arms},
         required_paths={arm: required for arm in config.arms if arm in SPARSE_ARMS},
     )
@@ -185,6 +195,7 @@ def load(plan: Plan) -> Engine:
     summarised = next((sparsity for sparsity in plan.budgets.values() if not sparsity.is_dense), Sparsity())
     capacity, more = plan.capacity + drafters.room(config), drafters.cache_budgets(config)
     cache = step.new_cache(capacity, summarised.attention, plan.wave, *more)
+    prefills = _prefills(plan)
     decoder = Decoder(
         step,
         cache,
@@ -195,6 +206,7 @@ def load(plan: Plan) -> Engine:
         prefill_chunk=config.engine.prefill_chunk,
         rule=drafters.rule(config),
         batch=config.engine.batch_size,
+        prefills=prefills,
     )
     usual = sorted(len(item.ids) for item in plan.prepared)[len(plan.prepared) // 2]
     drafting = drafters.Drafting(config, step, cache, usual, clock)
@@ -205,7 +217,22 @@ def load(plan: Plan) -> Engine:
     }
     rows = zip(*made.values(), strict=True)
     replays = [[drafter for drafter in row if isinstance(drafter, OracleDrafter)] for row in rows]
-    return Engine(decoder, made, replays if any(replays) else [])
+    return Engine(decoder, made, replays if any(replays) else [], prefills)
+
+
+_PREFILLS = PrefillStore()
+"""What the runs of this process have prefilled."""
+
+
+def _prefills(plan: Plan) -> Prefills:
+    """Prompts that earlier runs of this process prefilled with the same weights, run in the same way."""
+    config = plan.config
+    engine = {key: value for key, value in schema.to_dict(config)["engine"].items() if key not in _NOT_PREFILL}
+    plain = portable(resolved(config))
+    same = [plain["model"], plain.get("file_hashes"), engine, plan.threads, config.seed]
+    same += [drafters.taps(config, plan.shape), config.ffn.name == "dense"]
+    _PREFILLS.limit = int(config.prefill_memory_gb * 1e9) if plan.device.type == "cpu" else 0
+    return Prefills(_PREFILLS, json.dumps(same))
 
 
 def _task(config: Config) -> Task:

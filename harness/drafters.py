@@ -209,6 +209,11 @@ def growth(draft: schema.GrowingDraft) -> Growth:
     return Growth(draft.depth, draft.topk, draft.total)
 
 
+def depth(config: schema.Config) -> int:
+    """Draft tokens on a path at most; 0 without drafts."""
+    return max((part.depth for _, part in drafters(config.draft)), default=0)
+
+
 def room(config: schema.Config) -> int:
     """Cache positions beyond the sequence that drafting and verification may fill."""
     parts = [part for _, part in drafters(config.draft)]

@@ -6,18 +6,19 @@ import hashlib
 import resource
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import build, console, roofline
+from harness import build, console, exclusive, roofline
 from harness.build import Engine, Plan
 from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
 from harness.engine.drafting.base import NoDrafter
-from harness.engine.fidelity import compare
+from harness.engine.fidelity import compare, forced, log_probability
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
 from harness.schema import Config, ConfigError, WandbOffline
 from harness.timing import OtherLoad
@@ -36,7 +37,11 @@ class RunFailed(RuntimeError):
     """A run that is stored as failed or invalid; the message is one line."""
 
 
-def run(config: Config, member: str = "") -> float | None:
+Watch = Callable[[Sequence[Record]], str | None]
+"""Sees all records after each wave; a text that it returns ends the run early, with that reason."""
+
+
+def run(config: Config, member: str = "", *, watch: Watch | None = None) -> float | None:
     """Run one configuration, or take it from the store if it is finished there.
 
     Prints a table of the arms and, last, the compact JSON line of DESIGN section 4.
@@ -44,6 +49,7 @@ def run(config: Config, member: str = "") -> float | None:
     Args:
         config: resolved and validated.
         member: the place in a sweep, for the progress bar.
+        watch: may end the run early; it is then stored as partial, and a later call goes on with it.
 
     Returns:
         The speed-up of the sparse arm over the dense one, what a sweeper maximises; None without these arms.
@@ -56,7 +62,7 @@ def run(config: Config, member: str = "") -> float | None:
     facts = _provenance(config, plain)
     try:
         with RunStore(config.results_dir, plain, config.arms) as store:
-            summary = _summary(config, plain, store, facts, member)
+            summary = _summary(config, plain, store, facts, member, watch)
             console.show(summary)
             rows.write_overview(config.results_dir, sources=facts["sources"])
     except StoreError as error:
@@ -77,7 +83,7 @@ def _provenance(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(
-    config: Config, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str
+    config: Config, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None
 ) -> dict[str, Any]:
     """The summary of a finished run: from the store, or by running it."""
     if store.reusable(facts["sources"], rerun=config.rerun, stale=config.stale):
@@ -88,7 +94,7 @@ def _summary(
     plan = build.plan(config)
     store.begin(facts, rerun=config.rerun, stale=config.stale)
     try:
-        summary = _measure(plan, plain, store, facts, member)
+        summary = _measure(plan, plain, store, facts, member, watch)
     except KeyboardInterrupt:
         store.finish(_describe(plan, store, facts, status="partial", reason="interrupted"), provenance.finished(facts))
         raise
@@ -106,11 +112,11 @@ def _group(config: Config) -> str | None:
     return config.track.group if isinstance(config.track, WandbOffline) else None
 
 
-def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str) -> dict[str, Any]:
+def _measure(
+    plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None
+) -> dict[str, Any]:
     """Decode, grade and store every example that is missing; the tracker is closed whatever happens."""
     config = plan.config
-    done = store.done()
-    missing = [(number, item) for number, item in enumerate(plan.prepared) if item.example.id not in done]
     tracker = _tracker(config)
     summary: dict[str, Any] | None = None
     try:
@@ -118,26 +124,50 @@ def _measure(plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str
     except tracking.TrackingError as error:
         raise ConfigError(f"track={config.track.name}: {error}") from error
     try:
-        peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
-        facts["peaks"] = {"bandwidth": peaks.bandwidth, "rate": peaks.rate}
-        if missing:
-            engine = build.load(plan)
-            _warm_up(plan, engine)
-            load = OtherLoad()
-            with console.progress(f"{member}{config.task.name}", len(plan.prepared), len(done)) as advance:
-                for start in range(0, len(missing), plan.wave):
-                    items = missing[start : start + plan.wave]
-                    records = _wave(plan, engine, [item for _, item in items], items[0][0] // plan.wave)
-                    store.append(records)
-                    for record in records:
-                        tracker.log_example(_row(record))
-                    for _ in items:
-                        advance()
-            facts["other_load"] = round(load.share(), 3)
-        summary = _describe(plan, store, facts)
+        with exclusive.alone(_resource(plan.device), config.exclusive, _waiting):
+            ended = _decode(plan, store, facts, member, watch, tracker)
+        summary = _describe(plan, store, facts, status="partial" if ended else "ok", reason=ended)
     finally:
         tracker.finish(summary)
     return summary
+
+
+def _decode(
+    plan: Plan, store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None, tracker: tracking.Tracker
+) -> str | None:
+    """Decode the missing examples; the reason where `watch` ended the run early."""
+    done, ended = store.done(), None
+    missing = [(number, item) for number, item in enumerate(plan.prepared) if item.example.id not in done]
+    peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
+    facts["peaks"] = {"bandwidth": peaks.bandwidth, "rate": peaks.rate}
+    if not missing:
+        return None
+    engine = build.load(plan)
+    _warm_up(plan, engine)
+    engine.prefills.hits, load = 0, OtherLoad()
+    with console.progress(f"{member}{plan.config.task.name}", len(plan.prepared), len(done)) as advance:
+        for start in range(0, len(missing), plan.wave):
+            items = missing[start : start + plan.wave]
+            records = _wave(plan, engine, [item for _, item in items], items[0][0] // plan.wave)
+            store.append(records)
+            for record in records:
+                tracker.log_example(_row(record))
+            for _ in items:
+                advance()
+            ended = watch(store.records()) if watch and start + plan.wave < len(missing) else None
+            if ended:
+                break
+    facts |= {"other_load": round(load.share(), 3), "kept_prefills": engine.prefills.hits}
+    return ended
+
+
+def _resource(device: torch.device) -> str:
+    """What a run must have for itself to be timed: the CPU with its memory, or one GPU."""
+    return "cpu" if device.type != "cuda" else f"gpu-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _waiting() -> None:
+    console.note("waiting until another run on this machine has ended (exclusive=false shares it)")
 
 
 def _tracker(config: Config) -> tracking.Tracker:
@@ -176,7 +206,7 @@ def _wave(plan: Plan, engine: Engine, items: list[Prepared], number: int) -> lis
     records = []
     for row, item in enumerate(items):
         own = {arm: decoded[arm][row] for arm in config.arms}
-        extra = _analyse(plan, engine, prefixes[row], own) if config.analysis else {}
+        extra = _analyse(plan, engine, prefixes[row], item, own) if config.analysis != "none" else {}
         records += [_record(plan, item, arm, own[arm], wave, extra.get(arm, {})) for arm in config.arms]
     return records
 
@@ -195,18 +225,31 @@ def _tell_replays(engine: Engine, prefixes: list[Prefix], tokens: int) -> None:
             drafter.expect(truth)
 
 
-def _analyse(plan: Plan, engine: Engine, prefix: Prefix, decoded: dict[str, Decoded]) -> dict[str, dict[str, Any]]:
-    """Fidelity and selections of the drafting sparse arm on the dense arm's trajectory; untimed."""
+def _analyse(
+    plan: Plan, engine: Engine, prefix: Prefix, item: Prepared, decoded: dict[str, Decoded]
+) -> dict[str, dict[str, Any]]:
+    """Untimed: how probable the reference answer is to each arm, and how close the drafting sparse arm stays to dense.
+
+    Fidelity and selections are those on the dense arm's trajectory.
+    """
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in decoded}
+    if target := item.target[: plan.config.task.max_new_tokens]:
+        for arm in decoded:
+            steps = forced(target, plan.depth if arm in build.DRAFTING_ARMS else 0)
+            logits = engine.decoder.replay(prefix, steps, plan.budgets[arm])
+            total = log_probability(target, prefix.logits, logits)
+            found[arm]["reference"] = {"tokens": len(target), "logprob": total}
     if not {"dense", "sparse"} <= set(decoded) or not decoded["dense"].transcript:
-        return {}
+        return found
     sparsity, truth = plan.budgets["sparse"], decoded["dense"]
-    probe = None if sparsity.attention.is_dense else SelectionAnalysis(sparsity.attention, plan.shape.layers)
+    chooses = plan.config.analysis == "full" and not sparsity.attention.is_dense
+    probe = SelectionAnalysis(sparsity.attention, plan.shape.layers) if chooses else None
     dense = engine.decoder.replay(prefix, truth, Sparsity())
     sparse = engine.decoder.replay(prefix, truth, sparsity, probe)
-    found: dict[str, Any] = {"fidelity": asdict(compare(dense, sparse, truth, _deterministic(plan.config)))}
+    found["sparse"]["fidelity"] = asdict(compare(dense, sparse, truth, _deterministic(plan.config)))
     if probe is not None:
-        found["selections"] = probe.means()
-    return {"sparse": found}
+        found["sparse"]["selections"] = probe.means()
+    return found
 
 
 def _deterministic(config: Config) -> bool:
@@ -281,6 +324,12 @@ def _describe(
         notes.append(
             "acceptance was chosen, not measured: outputs, quality and fidelity of the drafting arms mean nothing"
         )
+    if kept := facts.get("kept_prefills", 0):
+        notes.append(
+            f"{kept} prompts were prefilled by an earlier run of the same process: times to first token are its"
+        )
+    if not plan.config.exclusive:
+        notes.append("exclusive=false: other runs may have used the machine meanwhile, timings are unreliable")
     if facts.get("other_load", 0) > _QUIET:
         notes.append(f"other processes used {facts['other_load']:.0%} of the CPU meanwhile: timings are unreliable")
     return build_summary(
@@ -300,6 +349,7 @@ def _describe(
         notes=notes,
         seed=plan.config.seed,
         greedy=_deterministic(plan.config),
+        exclusive=plan.config.exclusive and facts.get("other_load", 0) <= _QUIET,
     )
 
 

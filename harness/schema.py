@@ -151,11 +151,20 @@ class Config:
         choices=ARMS,
     )
     calibration: str | None = setting("file written by scripts.calibrate for this model, null = none")
-    analysis: bool = setting(
-        "after the timed arms, an untimed pass over the dense output: fidelity, and overlap, similarity and recall of "
-        "selections"
+    analysis: str = setting(
+        "untimed passes after the timed arms: fidelity = agreement with dense on its output, and the log-probability "
+        "of the reference answer; full = also overlap, similarity and recall of selections; none = neither",
+        choices=("full", "fidelity", "none"),
     )
     seed: int = setting("seed of everything random: demonstrations, synthetic documents, random weights", minimum=0)
+    exclusive: bool = setting(
+        "wait until no other run computes on this machine (on a GPU: on this GPU); false = share it, for quality "
+        "alone: timings are then marked shared"
+    )
+    prefill_memory_gb: float = setting(
+        "CPU memory for prefilled prompts that later members of a sweep in the same process take over, 0 = none",
+        minimum=0,
+    )
     results_dir: str = setting("folder that runs, tables and figures are written to")
     rerun: bool = setting("run again even if this configuration is finished")
     stale: str = setting(

@@ -147,6 +147,9 @@ class _One:
     def prompt(self, example: Example) -> Prompt:
         return self._task.prompt(example)
 
+    def target(self, example: Example) -> None:
+        """None: the target model's own answers are wanted."""
+
     def grade(self, example: Example, text: str) -> dict[str, float]:
         return self._task.grade(example, text)
 

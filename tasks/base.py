@@ -80,6 +80,9 @@ class Task(Protocol):
     def prompt(self, example: Example) -> Prompt:
         """The prompt for one example."""
 
+    def target(self, example: Example) -> str | None:
+        """The answer that data and prompt ask for, as one text; None where there is none."""
+
     def grade(self, example: Example, text: str) -> dict[str, float]:
         """One value from 0 to 100 for each metric; text after a stop string does not count."""
 

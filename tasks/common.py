@@ -70,6 +70,10 @@ class BaseTask(ABC):
     def prompt(self, example: Example) -> Prompt:
         """The prompt for one example."""
 
+    def target(self, example: Example) -> str | None:
+        """The first reference; a task whose answers have another form than its references says so itself."""
+        return example.references[0] if example.references else None
+
     @abstractmethod
     def grade(self, example: Example, text: str) -> dict[str, float]:
         """One value from 0 to 100 for each of `metrics`."""

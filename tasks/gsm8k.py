@@ -24,7 +24,7 @@ class Gsm8k(BaseTask):
     def parse(self, row: Row) -> Iterable[Example]:
         question = text_of(row, "question")
         identity = f"gsm8k-{content_id(question)}"
-        yield Example(identity, identity, {"question": question}, (_number(row),))
+        yield Example(identity, identity, {"question": question, "solution": _worked(row)}, (_number(row),))
 
     def demonstrations(self) -> tuple[tuple[str, str], ...]:
         return tuple((f"Question: {row['question']}", _worked(row)) for row in read_bundled("gsm8k_shots"))
@@ -38,6 +38,10 @@ class Gsm8k(BaseTask):
             after="",
             cue="Answer:",
         )
+
+    def target(self, example: Example) -> str:
+        """The worked solution with its number at the end."""
+        return str(example.fields["solution"])
 
     def grade(self, example: Example, text: str) -> dict[str, float]:
         return {"accuracy": maths(cut_at_stop(text, self.stop), example.references[0])}

@@ -21,7 +21,8 @@ class Mathematics(BaseTask):
     def parse(self, row: Row) -> Iterable[Example]:
         problem = text_of(row, "problem")
         identity = str(row.get("unique_id") or f"math-{content_id(problem)}")
-        yield Example(identity, identity, {"problem": problem}, (_answer(row),))
+        fields = {"problem": problem, "solution": row.get("solution")}
+        yield Example(identity, identity, fields, (_answer(row),))
 
     def demonstrations(self) -> tuple[tuple[str, str], ...]:
         return tuple((f"Problem: {row['problem']}", row["solution"]) for row in read_bundled("math_shots"))
@@ -35,6 +36,10 @@ class Mathematics(BaseTask):
             after="",
             cue="Solution:",
         )
+
+    def target(self, example: Example) -> str:
+        """The worked solution, or the boxed answer where the data have no solution."""
+        return str(example.fields["solution"] or rf"\boxed{{{example.references[0]}}}")
 
     def grade(self, example: Example, text: str) -> dict[str, float]:
         return {"accuracy": maths(cut_at_stop(text, self.stop), example.references[0])}

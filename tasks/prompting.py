@@ -29,12 +29,16 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt ready to run: `ids` [prompt tokens], `sha` (sha256 of the ids, hex), document tokens left out."""
+    """A prompt ready to run: `ids` [prompt tokens], `sha` (sha256 of the ids, hex), document tokens left out.
+
+    `target` holds the ids of the wanted answer as it would follow the prompt; empty where the task has none.
+    """
 
     example: Example
     ids: tuple[int, ...]
     sha: str
     truncated_tokens: int
+    target: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,8 @@ def prepare(
         ids, cut = whole, 0
         if max_prompt_tokens is not None and len(whole) > max_prompt_tokens:
             ids, cut = _shorten(layout, prompt.document, tokenizer, max_prompt_tokens, example.id)
-        prepared.append(Prepared(example, ids, hash_ids(ids), cut))
+        target = _target(task.target(example), tokenizer, style)
+        prepared.append(Prepared(example, ids, hash_ids(ids), cut, target))
     if not prepared:
         raise TaskError(_nothing_left(task, seen, min_prompt_tokens))
     return prepared
@@ -130,6 +135,12 @@ def _plain_layout(prompt: Prompt, tokenizer: Tokenizer) -> _Layout:
 
 def _join(instruction: str, text: str) -> str:
     return f"{instruction}\n\n{text}" if instruction else text
+
+
+def _target(text: str | None, tokenizer: Tokenizer, style: str) -> tuple[int, ...]:
+    """The wanted answer as it follows the prompt: at once after a chat template, after a space behind a cue."""
+    answer = (text or "").strip()
+    return _encode(tokenizer, answer if style == "chat" or not answer else f" {answer}")
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

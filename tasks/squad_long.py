@@ -5,6 +5,7 @@ time the decoding; the question stands before and after the document. F1 and EM 
 asks whether a reference answer stands anywhere in the output. Questions on one article share a cluster.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -15,6 +16,7 @@ from tasks.sources import Row, read_bundled, text_of, texts_of
 
 BUCKETS = ("4k", "8k")
 _STRIDE = 3
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class SquadLong(BaseTask):
@@ -70,6 +72,14 @@ class SquadLong(BaseTask):
             after=after,
             cue="Quote:",
         )
+
+    def target(self, example: Example) -> str | None:
+        """The sentence of the document that first has the first reference, then that reference; None without one."""
+        if not example.references:
+            return None
+        answer, context = example.references[0], example.fields["context"]
+        sentences = (sentence for sentence in _SENTENCE_END.split(context) if answer in sentence)
+        return _answer({"quote": next(sentences, answer).strip(), "answer": answer})
 
     def grade(self, example: Example, text: str) -> dict[str, float]:
         """F1 and EM of what follows `Answer:` (of all text where that is missing), accuracy of all text."""

@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SPARSE_VERIFICATION_LOCKS"] = tempfile.mkdtemp(prefix="sparse-verification-tests-")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -204,6 +204,23 @@ class KVCache:
             first = last
         self._summarised[row] = whole
 
+    def snapshot(self, row: int) -> tuple[Tensor, Tensor]:
+        """Copies of the valid pages of ``row``: keys [layers, pages, ...] and values, laid out as they are stored."""
+        pages = -(-self.lengths[row] // PAGE)
+        return self._keys[:, row, :pages].clone(), self._values[:, row, :pages].clone()
+
+    def restore(self, row: int, length: int, keys: Tensor, values: Tensor) -> None:
+        """Make ``row`` hold ``length`` positions of a :meth:`snapshot`, of this cache or of one of the same layout.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        self.check_room(length)
+        pages = keys.shape[1]
+        self._keys[:, row, :pages].copy_(keys)
+        self._values[:, row, :pages].copy_(values)
+        self.lengths[row], self._summarised[row] = length, 0
+
     def prefix(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` positions as contiguous keys and values, each [kv_heads, length, head_dim] (a copy)."""
         keys, values = self._layers[layer][row]

@@ -18,6 +18,7 @@ from harness.engine.drafting.draft import Draft
 from harness.engine.model.probe import Probe
 from harness.engine.model.step import Segment, Step
 from harness.engine.model.verification import Verification
+from harness.engine.prefills import Prefilled, Prefills, PrefillStore
 from sparse.budget import Sparsity
 from sparse.cost import Cost, total, trace_costs
 from sparse.trace import Trace
@@ -74,6 +75,7 @@ class Prefix:
         row: of the cache.
         seed: of everything that decoding this prompt draws.
         first: the token after the prompt; its cost belongs to the prefill.
+        logits: [vocab], that it was picked from.
         features: of all prompt tokens, where the step has taps.
         seconds: wall-clock of the prefill.
         summary_seconds: wall-clock of the block summaries that arms need which choose blocks, be it for drafting.
@@ -83,6 +85,7 @@ class Prefix:
     row: int
     seed: int
     first: int
+    logits: Tensor
     features: Tensor | None
     seconds: float
     summary_seconds: float
@@ -181,6 +184,7 @@ class Decoder:
         prefill_chunk: tokens per forward pass of the prefill.
         rule: how drafts are accepted.
         batch: sequences that run in one step at most; at most the rows of the cache.
+        prefills: prompts that were prefilled before, by decoders over the same weights; none are kept without it.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class Decoder:
         prefill_chunk: int,
         rule: Rule | None = None,
         batch: int = 1,
+        prefills: Prefills | None = None,
     ) -> None:
         self._step = step
         self._cache = cache
@@ -201,6 +206,7 @@ class Decoder:
         self._chunk = prefill_chunk
         self._rule = rule or Greedy()
         self._batch = batch
+        self._prefills = prefills or Prefills(PrefillStore())
         self._component_clock = clock if step.weights.device.type == "cpu" else None
 
     def prefill(self, prompt: Sequence[int], row: int = 0, seed: int = 0) -> Prefix:
@@ -215,14 +221,18 @@ class Decoder:
             ValueError: the prompt is empty, or longer than the cache or the model's positions.
         """
         self._cache.truncate(row, 0)
+        done = self._prefills.restore(prompt, self._cache, row)
+        if done is None:
+            start = self._clock()
+            tokens = torch.tensor(prompt, dtype=torch.int64, device=self._step.weights.device)
+            output = self._step.prefill(tokens, self._cache, self._chunk, row)
+            done = Prefilled(output.logits, output.features, self._clock() - start)
+            self._prefills.keep(prompt, self._cache, row, done)
+        first = self._rule.accept(Draft(), self._rule.judge(done.logits[None]), Random(f"{seed} prefill")).bonus
         start = self._clock()
-        tokens = torch.tensor(prompt, dtype=torch.int64, device=self._step.weights.device)
-        output = self._step.prefill(tokens, self._cache, self._chunk, row)
-        first = self._rule.accept(Draft(), self._rule.judge(output.logits[None]), Random(f"{seed} prefill")).bonus
-        middle = self._clock()
         self._cache.refresh_summaries(row)
-        summary_seconds = self._clock() - middle
-        return Prefix(tuple(prompt), row, seed, first, output.features, middle - start, summary_seconds)
+        summary_seconds = self._clock() - start
+        return Prefix(tuple(prompt), row, seed, first, done.logits, done.features, done.seconds, summary_seconds)
 
     def decode(self, prefix: Prefix, drafter: Drafter, sparsity: Sparsity, max_new_tokens: int) -> Decoded:
         """:meth:`decode_all` of one prompt."""

@@ -21,9 +21,10 @@ class Record:
     verification, `density` says per axis what was read of what dense execution reads, `layer_density` the same layer by
     layer; `unique_experts` counts distinct routed experts per step of each MoE layer, `pairs` (token, expert) pairs by
     fate, `stale` steps by the age of the selection they reused. `fidelity` and `selections` come from the untimed
-    replay of the dense trajectory. Examples of one `wave` were decoded in shared steps: they share seconds and bytes,
-    and the counts `paths`, `pairs` and `stale` of all of them stand in the first one's record. `drafted` counts draft
-    tokens.
+    replay of the dense trajectory; `reference` counts the `tokens` of the reference answer and sums their `logprob`
+    in nats under this arm's verification. Examples of one `wave` were decoded in shared steps: they share seconds and
+    bytes, and the counts `paths`, `pairs` and `stale` of all of them stand in the first one's record. `drafted` counts
+    draft tokens.
     """
 
     example_id: str
@@ -53,6 +54,7 @@ class Record:
     stale: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, float | None] = field(default_factory=dict)
     selections: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)
     bytes_per_step: float | None = None
     flops_per_step: float | None = None
 
@@ -106,6 +108,7 @@ _MAPPINGS = (
     "stale",
     "fidelity",
     "selections",
+    "reference",
 )
 
 

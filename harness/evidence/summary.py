@@ -67,12 +67,15 @@ def build_summary(
     seed: int = 0,
     resamples: int = RESAMPLES,
     greedy: bool = True,
+    exclusive: bool = True,
 ) -> dict[str, Any]:
     """The whole of summary.json.
 
     A run given as ok or partial becomes `invalid` when `problems` finds any. A failed run keeps no measurement, an
     invalid one keeps its arms for diagnosis but claims no comparison. Texts are scrubbed of paths.
 
+    Args:
+        exclusive: whether nothing else used the machine, so that timings may be believed.
     Raises:
         ValueError: unknown status, or arms that saw different prompts.
     """
@@ -107,6 +110,7 @@ def build_summary(
         "task": task,
         "model": scrub(model),
         "device": scrub(device),
+        "exclusive": exclusive,
     }
     return head | measured | {"notes": [scrub(note) for note in notes]}
 

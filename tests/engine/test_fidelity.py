@@ -10,12 +10,12 @@ from harness.engine.decoding import Decoded, StepTaken
 from harness.engine.drafting.draft import Draft
 from harness.engine.drafting.expansion import Growth
 from harness.engine.drafting.lookup import LookupDrafter
-from harness.engine.fidelity import compare
+from harness.engine.fidelity import compare, forced, log_probability
 from harness.engine.model.attention import scores
 from harness.engine.model.probe import AttentionView, Probe
 from sparse.budget import AttentionBudget, Sparsity
 from sparse.selection import Selection, select_blocks
-from tests.engine.tiny import decoder, repetitive_prompt
+from tests.engine.tiny import decoder, library_model, repetitive_prompt
 
 NEW = 30
 
@@ -121,3 +121,46 @@ def test_short_contexts_have_nothing_to_observe() -> None:
     engine.replay(prefix, decoded, Sparsity(budget), observed)
     found = observed.means()
     assert found["steps"] == 0 and found["recall"] == [None] * 3
+
+
+@pytest.mark.parametrize("depth", [0, 1, 6, 50])
+def test_a_forced_decode_shows_every_token_once(depth: int) -> None:
+    tokens = list(range(3, 20))
+    made = forced(tokens, depth)
+    seen, position = [tokens[0]], 0
+    for taken in made.transcript:
+        assert len(taken.draft) <= depth and taken.kept == len(taken.draft) + 1
+        assert list(taken.draft.tokens) == tokens[position + 1 : position + 1 + len(taken.draft)]
+        seen += tokens[position + 1 : position + 1 + taken.kept]
+        position += taken.kept
+    assert seen == made.output == tokens
+    assert forced(tokens[:1], depth).transcript == []
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_the_log_probability_is_the_librarys(depth: int) -> None:
+    prompt, text = repetitive_prompt(90), repetitive_prompt(17, seed=4)
+    with torch.inference_mode():
+        logits = library_model("llama")(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+    wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(text)[:, None]).sum().item()
+    engine = decoder()
+    prefix = engine.prefill(prompt)
+    found = log_probability(text, prefix.logits, engine.replay(prefix, forced(text, depth), Sparsity()))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_log_probability_sees_the_sparsity_of_steps_as_long_as_real_ones() -> None:
+    """With fewer blocks it moves away from dense; where steps start, and so which token picks the blocks, matters."""
+    engine = decoder(budget=Sparsity(AttentionBudget(topk=2)))
+    prompt, text = repetitive_prompt(500), repetitive_prompt(21, seed=4)
+    prefix = engine.prefill(prompt)
+
+    def found(topk: int | None, depth: int) -> float:
+        sparsity = Sparsity() if topk is None else Sparsity(AttentionBudget(topk=topk))
+        return log_probability(text, prefix.logits, engine.replay(prefix, forced(text, depth), sparsity))
+
+    dense = found(None, 6)
+    assert found(None, 0) == pytest.approx(dense, rel=1e-5)
+    assert abs(found(2, 6) - dense) > abs(found(24, 6) - dense) > 0
+    assert abs(found(2, 6) - found(2, 0)) > 1e-3
+    assert found(None, 6) == dense

@@ -30,7 +30,7 @@ TINY = (
         "model.dtype=float32",
         "track=none",
         "engine.threads=1",
-        "analysis=false",
+        "analysis=none",
     ),
     *("task.limit=4", "task.max_new_tokens=14", "attn.topk=8", "engine.warmup=0", "arms=[ar,dense,sparse]"),
 )
@@ -126,7 +126,7 @@ def test_an_oracle_chooses_the_acceptance_of_every_arm(finished: Run) -> None:
 def test_sampled_runs_depend_on_seed_and_example_alone(finished: Run) -> None:
     """Interrupted or not, in batches or not, from the first example or the third: the same draws."""
     first = finished("decode=sample", "arms=[ar,dense]")
-    sparse = finished("decode=sample", "analysis=true")["compare"]["fidelity"]
+    sparse = finished("decode=sample", "analysis=full")["compare"]["fidelity"]
     assert 0 < sparse["agreement"] <= 1 and sparse["accept_flips"] is sparse["noise_floor"] is None
     later = finished("decode=sample", "arms=[ar,dense]", "task.offset=2", "task.limit=2", "engine.batch_size=2")
     other = finished("decode=sample", "arms=[ar,dense]", "seed=1")

@@ -76,7 +76,7 @@ def options_of(*arguments):
     ],
 )
 def test_our_arms_are_those_of_a_run(compose, arguments, overrides):
-    common = ["task=needle", "track=none", "analysis=false", "model.device=cpu", "task.limit=1"]
+    common = ["task=needle", "track=none", "analysis=none", "model.device=cpu", "task.limit=1"]
     common += ["task.max_new_tokens=25"] + ([] if "attn.topk" in " ".join(overrides) else ["attn.topk=32"])
     assert peers.configuration(options_of(*arguments)) == schema.resolve(compose(*common, *overrides))
 

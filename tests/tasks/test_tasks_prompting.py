@@ -24,6 +24,7 @@ class Fixed:
     name = "fixed"
     metrics = ("em",)
     stop: tuple[str, ...] = ()
+    answer: str | None = None
 
     def __init__(self, *prompts: Prompt) -> None:
         self.prompts = prompts
@@ -34,6 +35,9 @@ class Fixed:
 
     def prompt(self, example: Example) -> Prompt:
         return self.prompts[int(example.id)]
+
+    def target(self, example: Example) -> str | None:
+        return self.answer
 
     def grade(self, example: Example, text: str) -> dict[str, float]:
         return {"em": 0.0}
