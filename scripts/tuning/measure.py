@@ -12,6 +12,7 @@ from harness.evidence import bootstrap
 from harness.evidence.bootstrap import Floats, Interval
 from harness.evidence.metrics import timed_together
 from harness.evidence.records import Record, complete
+from harness.fields import ConfigError
 
 Speed = Literal["ar", "dense"]
 Loss = Literal["kl", "agreement", "reference", "quality"]
@@ -25,8 +26,8 @@ ONE_SE = 0.6827
 """Level of an interval of one standard error to both sides; `bootstrap.interval` widens it where clusters are few."""
 
 
-class NotMeasured(ValueError):
-    """The records lack what a loss or a speed-up needs; one line."""
+class NotMeasured(ConfigError):
+    """The records of a whole run hold no loss; one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,12 @@ class Table:
     def __len__(self) -> int:
         return len(self.names)
 
+    def check(self, loss: str) -> Table:
+        """The same table; raises NotMeasured where no example weighs anything."""
+        if not self.columns[:, 5].sum() > 0:
+            raise NotMeasured(f"--loss={loss}: the runs did not measure it; use analysis=fidelity or another loss")
+        return self
+
     def totals(self) -> Floats:
         """[clusters, 6]."""
         return bootstrap.cluster_totals(self.columns, list(self.clusters))
@@ -92,11 +99,7 @@ class Measure:
         return ("ar", "dense", "sparse") if self.speed == "ar" else ("dense", "sparse")
 
     def table(self, records: Sequence[Record]) -> Table:
-        """The examples that have every arm.
-
-        Raises:
-            NotMeasured: a loss was not recorded.
-        """
+        """The examples that have every arm."""
         rows = list(complete(list(records), self.arms).values())
         columns = [self._row(arms) for arms in rows]
         clusters = timed_together([arms["sparse"] for arms in rows])
@@ -108,21 +111,18 @@ class Measure:
         return (sparse.tokens, sparse.seconds, base.tokens, base.seconds, *self._lost(sparse, arms["dense"]))
 
     def _lost(self, sparse: Record, dense: Record) -> tuple[float, float]:
-        """Summed loss of an example and its weight."""
+        """Summed loss of an example and its weight; an example on which nothing could be compared weighs nothing."""
         if self.loss == "quality":
             return dense.grade[self.metric] - sparse.grade[self.metric], 1.0
-        try:
-            if self.loss == "reference":
-                counted = _number(sparse.reference["tokens"])
-                return _number(dense.reference["logprob"]) - _number(sparse.reference["logprob"]), counted
-            tokens = _number(sparse.fidelity["tokens"])
-            if self.loss == "kl":
-                return _number(sparse.fidelity["kl"]), tokens
-            return tokens - _number(sparse.fidelity["agreeing"]), tokens
-        except KeyError as error:
-            raise NotMeasured(
-                f"--loss={self.loss}: example {sparse.example_id} has no {error.args[0]}; run with analysis=fidelity"
-            ) from None
+        if self.loss == "reference":
+            pairs = [dense.reference.get("logprob"), sparse.reference.get("logprob"), sparse.reference.get("tokens")]
+            before, after, tokens = pairs
+            return (0.0, 0.0) if before is None or after is None or not tokens else (before - after, float(tokens))
+        tokens, lost = sparse.fidelity.get("tokens"), sparse.fidelity.get("kl")
+        if self.loss == "agreement" and tokens:
+            agreeing = sparse.fidelity.get("agreeing")
+            lost = None if agreeing is None else tokens - agreeing
+        return (0.0, 0.0) if lost is None or not tokens else (float(lost), float(tokens))
 
 
 def against(left: Table, right: Table, *, level: float = 0.95) -> tuple[Estimate, Estimate]:
@@ -163,9 +163,3 @@ def _difference_of_losses(totals: Floats) -> Floats:
 def _estimate(totals: Floats, statistic: bootstrap.Statistic, level: float = 0.95) -> Estimate:
     value = float(statistic(totals.sum(axis=0)))
     return Estimate(value, bootstrap.interval(totals, statistic, level=level))
-
-
-def _number(value: float | None) -> float:
-    if value is None:
-        raise KeyError("value")
-    return float(value)

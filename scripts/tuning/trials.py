@@ -120,10 +120,11 @@ class Bench:
         return replace(found, seconds=round(time.monotonic() - start, 3))
 
     def table(self, name: str) -> Table:
-        """What a stored run measured; raises NotMeasured."""
+        """What a stored run measured; raises NotMeasured where it holds no loss."""
         file = self.results / "runs" / name / "records.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return self.measure.table([Record.from_json(json.loads(line)) for line in lines])
+        table = self.measure.table([Record.from_json(json.loads(line)) for line in lines])
+        return table.check(self.measure.loss)
 
     def _run(self, config: Config, watch: Watch | None) -> str:
         """Run without the run's own table on standard output; the reason where the run is failed or invalid."""
