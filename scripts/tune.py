@@ -191,7 +191,10 @@ def _dry_run(job: Job, screen: Console) -> int:
     screen.print(Text(f"a sample: {' '.join(words)}"))
     if job.held is not None:
         screen.print(f"validation: {job.held.examples} examples from task.offset={job.held.offset} on")
-    job.config(words)
+    try:
+        job.config(words)
+    except ConfigError as error:
+        screen.print(Text(f"which is impossible and would cost nothing: {error}"))
     return 0
 
 
@@ -291,11 +294,11 @@ def _write_experiment(job: Job, document: Mapping[str, Any]) -> Path:
     from scripts.tuning import experiment
 
     name = experiment.name_of(str(job.base.task.name), str(job.base.model.name))
-    counted = sum(one["state"] in ("measured", "pruned", "failed") for one in document["trials"])
     day = document["date"].partition("T")[0]
+    study = f"{document['study']}, {_costly(document)} trials of {document['examples']} examples"
     note = (
         f"{document['task']}, {document['loss']}: {document['chosen']['rule']}.\n"
-        f"Made by scripts.tune: study {document['study']}, {counted} trials of {document['examples']} examples, {day}, "
+        f"Made by scripts.tune: study {study}, {day}, "
         f"sources {document['sources']}."
     )
     file = job.typed.out / f"{name}.yaml"
@@ -305,13 +308,20 @@ def _write_experiment(job: Job, document: Mapping[str, Any]) -> Path:
     return file
 
 
+def _costly(document: Mapping[str, Any]) -> int:
+    """Trials that cost time."""
+    from scripts.tuning.trials import COUNTED
+
+    return sum(one["state"] in COUNTED for one in document["trials"])
+
+
 def _last_line(document: Mapping[str, Any]) -> dict[str, Any]:
     chosen = next(one for one in document["trials"] if one["number"] == document["chosen"]["number"])
     found = document["validation"]
     return {
         "status": "ok",
         "study": document["study"],
-        "trials": len(document["trials"]),
+        "trials": _costly(document),
         "front": document["front"],
         "chosen": chosen["number"],
         "speedup": round(chosen["speed"]["value"], 4),

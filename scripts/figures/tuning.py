@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BASELINES = {"ar": "AR", "dense": "dense verification"}
 _LONGEST = 3.0
 """Losses beyond this many times the largest one of the front are left to the edge of the figure."""
 
@@ -42,7 +43,7 @@ def figure(document: Mapping[str, Any]) -> Figure:
         axis.axhline(1.0, color="#999999", linewidth=1)
         _fit(axis, document, trials)
         axis.set_xlabel(document["loss"])
-        axis.set_ylabel(f"decoding speed-up over {document['speed']}")
+        axis.set_ylabel(f"decoding speed-up over {BASELINES[document['speed']]}")
         axis.set_title(
             f"{document['task']}, {document['model']}, {document['examples']} examples\n{document['device']}",
             loc="left",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,17 +41,17 @@ def choose(tables: Mapping[int, Table], default: int, limit: float | None) -> Ch
     over = {number: excess(table, tables[default], limit) for number, table in tables.items()}
     if limit is None:
         over[default] = Estimate(0.0, (0.0, 0.0))
-        name = "the default's on the same examples"
+        name = "at most the default's on the same examples"
     else:
-        name = f"{limit:.4g}"
+        name = "any size" if math.isinf(limit) else f"at most {limit:.4g}"
     surely = [number for number, one in over.items() if one.ci is not None and one.ci[1] <= 0]
     nearly = [number for number, one in over.items() if one.value <= 0]
     if surely:
-        return Choice(_best(surely, speeds), f"the fastest with a loss of at most {name}, by one standard error")
+        return Choice(_best(surely, speeds), f"the fastest with a loss of {name}, by one standard error")
     if nearly:
-        return Choice(_best(nearly, speeds), f"the fastest with a loss of at most {name}, by the point estimate alone")
+        return Choice(_best(nearly, speeds), f"the fastest with a loss of {name}, by the point estimate alone")
     least = min(losses, key=lambda number: (losses[number], -speeds[number]))
-    return Choice(least, f"the one of least loss: no setting has a loss of at most {name}")
+    return Choice(least, f"the one of least loss: no setting has a loss of {name}")
 
 
 def _best(numbers: Sequence[int], speeds: Mapping[int, float]) -> int:

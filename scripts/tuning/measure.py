@@ -22,8 +22,11 @@ LOSSES: Mapping[str, str] = {
     "reference": "lost log-probability of the reference, nats per token",
     "quality": "lost quality, points",
 }
+LEVEL = 0.95
 ONE_SE = 0.6827
 """Level of an interval of one standard error to both sides; `bootstrap.interval` widens it where clusters are few."""
+
+_RESAMPLES_OF_ONE_SE = 1000
 
 
 class NotMeasured(ConfigError):
@@ -125,7 +128,7 @@ class Measure:
         return (0.0, 0.0) if lost is None or not tokens else (float(lost), float(tokens))
 
 
-def against(left: Table, right: Table, *, level: float = 0.95) -> tuple[Estimate, Estimate]:
+def against(left: Table, right: Table, *, level: float = LEVEL) -> tuple[Estimate, Estimate]:
     """(ratio of the speed-ups, difference of the losses) of two trials on the examples that both have.
 
     Each trial's speed-up is over its own baseline, so that a machine that was slower for one of them does not count.
@@ -160,6 +163,7 @@ def _difference_of_losses(totals: Floats) -> Floats:
     return bootstrap.mean_difference(totals[..., 4:6]) - bootstrap.mean_difference(totals[..., 10:12])
 
 
-def _estimate(totals: Floats, statistic: bootstrap.Statistic, level: float = 0.95) -> Estimate:
+def _estimate(totals: Floats, statistic: bootstrap.Statistic, level: float = LEVEL) -> Estimate:
     value = float(statistic(totals.sum(axis=0)))
-    return Estimate(value, bootstrap.interval(totals, statistic, level=level))
+    resamples = bootstrap.RESAMPLES if level == LEVEL else _RESAMPLES_OF_ONE_SE
+    return Estimate(value, bootstrap.interval(totals, statistic, level=level, resamples=resamples))

@@ -71,7 +71,7 @@ def front_grid(document: Mapping[str, Any]) -> Grid:
     counts = {state: sum(one["state"] == state for one in document["trials"]) for state in (*COUNTED, "impossible")}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     title = f"Pareto front of {document['study']}: {document['examples']} examples of {document['task']}; {told}"
-    header = ("trial", f"speed-up over {document['speed']}", document["loss"], "", "setting")
+    header = ("trial", f"speed-up over {tuning.BASELINES[document['speed']]}", document["loss"], "", "setting")
     return Grid(title, header, tuple(rows), frozenset({0, 1, 2}))
 
 
@@ -85,7 +85,7 @@ def validation_grid(document: Mapping[str, Any]) -> Grid:
     ratio, difference = Estimate.of(found["speed_ratio"]), Estimate.of(found["loss_difference"])
     body.append(("tuned / default, tuned - default", number(ratio, speed=True), number(difference)))
     title = f"Held-back examples: {found['examples']} from task.offset={found['offset']} on"
-    header = ("setting", f"speed-up over {document['speed']}", document["loss"])
+    header = ("setting", f"speed-up over {tuning.BASELINES[document['speed']]}", document["loss"])
     return Grid(title, header, tuple(body), frozenset({1, 2}))
 
 
@@ -95,6 +95,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         f"Chosen: {document['chosen']['rule']}. Intervals are 95%, paired and clustered; the front is judged on the "
         "examples that it was chosen on, so its best values are lucky ones too."
     ]
+    if document["chosen"]["number"] == document["default"]:
+        told.append("The search found nothing better than the default, so there is nothing to validate.")
     if found := document.get("validation"):
         told.append(
             f"{found['verdict'][0].upper()}{found['verdict'][1:]}. Only the one chosen setting was validated: picking "

@@ -77,14 +77,15 @@ class Search:
             self.study.enqueue_trial(dict(self.space.within(self.base)), user_attrs={"default": True})
         idle = 0
         while True:
-            costly = [one for one in stored.outcomes(self.study).values() if one.state in COUNTED]
+            found = stored.outcomes(self.study)
+            costly = [one for one in found.values() if one.state in COUNTED]
             if len(costly) >= effort.trials:
                 return f"{effort.trials} trials"
             if effort.budget is not None and sum(one.seconds for one in costly) >= effort.budget:
                 return f"the budget, after {len(costly)} trials"
             if idle >= PATIENCE:
                 return f"{idle} proposals in a row that were known or impossible, after {len(costly)} trials"
-            self.study.sampler = _sampler(effort, len(self.study.get_trials(deepcopy=False)), idle)
+            self.study.sampler = _sampler(effort, len(found), idle)
             number, outcome, values = self._try()
             idle = 0 if outcome.state in COUNTED else idle + 1
             say(Trying(number, outcome, values, len(costly) + (outcome.state in COUNTED)))
@@ -158,9 +159,9 @@ class Search:
         return None if loss is None else loss.value
 
 
-def _sampler(effort: Effort, number: int, idle: int) -> BaseSampler:
-    """A sampler whose chance depends on the seed and the trial's number; random after many useless proposals."""
-    seed = random.Random(f"{effort.seed}/{number}").getrandbits(31)
+def _sampler(effort: Effort, ended: int, idle: int) -> BaseSampler:
+    """A sampler whose chance depends on the seed and the count of ended trials; random after many useless proposals."""
+    seed = random.Random(f"{effort.seed}/{ended}").getrandbits(31)
     if effort.sampler == "random" or idle > PATIENCE // 3:
         return RandomSampler(seed=seed)
     return TPESampler(seed=seed) if effort.sampler == "tpe" else NSGAIISampler(seed=seed, population_size=_POPULATION)
