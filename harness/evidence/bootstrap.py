@@ -108,15 +108,42 @@ def _bca_tails(
 @lru_cache(maxsize=256)
 def _tails(level: float, count: int) -> tuple[float, float]:
     """Nominal tail probabilities for `count` clusters, kept inside what a float can invert."""
-    widened = -float(np.sqrt(count / (count - 1))) * _t_quantile(0.5 + level / 2, count - 1)
+    widened = -float(np.sqrt(count / (count - 1))) * t_quantile(0.5 + level / 2, count - 1)
     low = min(max(_NORMAL.cdf(widened), 1e-9), 0.5)
     return low, 1.0 - low
 
 
-def _t_quantile(probability: float, degrees: int) -> float:
-    """Quantile (probability > 0.5) of Student's t, by integrating its density in theta = atan(x / sqrt(degrees))."""
+def standard_error(totals: Floats) -> float | None:
+    """Cluster-robust standard error of the ratio of the first two column totals; None with fewer than two clusters.
+
+    Linearised: each cluster's residual is its first column less the ratio times its second; n / (n - 1) for n clusters.
+    """
+    count = len(totals)
+    if count < 2:
+        return None
+    above, below = totals[:, 0].sum(), totals[:, 1].sum()
+    residuals = totals[:, 0] - above / below * totals[:, 1]
+    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / abs(below))
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile (probability of at least one half) of Student's t."""
+    theta, area = _t_areas(degrees)
+    return float(np.sqrt(degrees) * np.tan(np.interp(2 * probability - 1, area, theta)))
+
+
+def t_tail(value: float, degrees: int) -> float:
+    """Probability that Student's t exceeds `value`."""
+    theta, area = _t_areas(degrees)
+    inner = float(np.interp(np.arctan(abs(value) / np.sqrt(degrees)), theta, area))
+    return (1.0 - inner) / 2 if value >= 0 else (1.0 + inner) / 2
+
+
+@lru_cache(maxsize=256)
+def _t_areas(degrees: int) -> tuple[Floats, Floats]:
+    """Angles atan(x / sqrt(degrees)) from 0 to pi / 2, and the probability that |t| is below each of them."""
     theta = np.linspace(0.0, np.pi / 2, 20001)
     density = np.cos(theta) ** (degrees - 1)
     area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(2 * probability - 1, area / area[-1], theta)
-    return float(np.sqrt(degrees) * np.tan(angle))
+    return theta, area / area[-1]

@@ -28,7 +28,7 @@ from harness.evidence.records import Record, RecordError
 __all__ = ["RunLocked", "RunStore", "StoreError", "StoredRun", "fingerprint", "load_runs", "sources_hash"]
 
 FINGERPRINT_VERSION = 1
-NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memory_gb")
+NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memory_gb", "dry_run")
 State = Literal["new", "finished", "interrupted", "stale", "failed"]
 Action = Literal["reuse", "resume", "start"]
 

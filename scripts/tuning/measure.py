@@ -10,7 +10,7 @@ import numpy as np
 
 from harness.evidence import bootstrap
 from harness.evidence.bootstrap import Floats, Interval
-from harness.evidence.metrics import timed_together
+from harness.evidence.differences import timed_together
 from harness.evidence.records import Record, complete
 from harness.fields import ConfigError
 

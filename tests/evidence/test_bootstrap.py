@@ -77,4 +77,4 @@ def test_clusters_are_summed():
 def test_quantiles_of_student_t():
     # two-sided 95% points of the usual tables
     for degrees, point in ((1, 12.706), (4, 2.776), (29, 2.045), (499, 1.965)):
-        assert bootstrap._t_quantile(0.975, degrees) == pytest.approx(point, rel=1e-3)
+        assert bootstrap.t_quantile(0.975, degrees) == pytest.approx(point, rel=1e-3)

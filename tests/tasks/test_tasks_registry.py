@@ -198,3 +198,24 @@ def test_real_data(name, settings, tokenizer):
         best = each.example.references[0]
         answer = rf"\boxed{{{best}}}" if name == "math" else best
         assert task.grade(each.example, answer)[task.metrics[0]] == pytest.approx(100)
+
+
+TARGETS = {
+    "xsum": None,
+    "squad": None,
+    "math": "boxed",
+    "gsm8k": "The answer is",
+    "squad_long": "\nAnswer: ",
+    "needle": None,
+    "qmsum": None,
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_are_answers_that_the_grader_takes_as_right(name, settings):
+    """Where an answer has another form than its reference, the form that the prompt asks for."""
+    task = make(name, settings())
+    for example in islice(task.examples(), 4):
+        target = task.target(example)
+        assert task.grade(example, target)[task.metrics[0]] == 100.0
+        assert (TARGETS[name] or example.references[0]) in target
