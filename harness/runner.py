@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,17 +19,9 @@ from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
 from harness.engine.drafting.base import NoDrafter
 from harness.engine.fidelity import compare, forced, log_probability
-from harness.evidence import (
-    Record,
-    RunLocked,
-    RunStore,
-    StoreError,
-    build_summary,
-    last_line,
-    provenance,
-    rows,
-    tracking,
-)
+from harness.estimate import foresee
+from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
+from harness.evidence.store import RunLocked
 from harness.schema import Config, ConfigError, WandbOffline
 from harness.timing import OtherLoad
 from sparse.budget import Sparsity
@@ -61,7 +54,8 @@ def run(config: Config, member: str = "", *, watch: Watch | None = None) -> floa
         watch: may end the run early; it is then stored as partial, and a later call goes on with it.
 
     Returns:
-        The speed-up of the sparse arm over the dense one, what a sweeper maximises; None without these arms.
+        The speed-up of the sparse arm over the dense one, what a sweeper maximises; None without these arms, or in a
+        dry run, which prints the seconds that it expects as its last line.
 
     Raises:
         ConfigError, tasks.base.TaskError: bad input, found before any compute and before anything is stored.
@@ -69,6 +63,9 @@ def run(config: Config, member: str = "", *, watch: Watch | None = None) -> floa
         RunFailed: the run broke or its measurements must not be believed; it is stored as such.
     """
     plain = build.resolved(config)
+    if config.dry_run:
+        print(json.dumps(foresee(config, plain, provenance.sources_hash(ROOT)), separators=(",", ":")), flush=True)
+        return None
     facts = _provenance(config, plain)
     try:
         with RunStore(config.results_dir, plain, config.arms) as store:
@@ -104,9 +101,22 @@ def _summary(
         console.note(f"run {store.fingerprint} is finished and taken from the store (rerun=true runs it again)")
         return summary
     plan = build.plan(config)
-    store.begin(facts, rerun=config.rerun, stale=config.stale)
+    tracker = _tracker(config, plain, store)
+    told: dict[str, Any] | None = None
     try:
-        summary = _measure(plan, plain, store, facts, member, watch)
+        store.begin(facts, rerun=config.rerun, stale=config.stale)
+        told = summary = _stored(plan, store, facts, member, watch, tracker)
+    finally:
+        tracker.finish(told, store.records() if told else ())
+    return summary
+
+
+def _stored(
+    plan: Plan, store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None, tracker: tracking.Tracker
+) -> dict[str, Any]:
+    """Measure and store the summary, whatever happens: before anything is uploaded, which may fail or hang."""
+    try:
+        summary = _measure(plan, store, facts, member, watch, tracker)
     except KeyboardInterrupt:
         store.finish(_describe(plan, store, facts, status="partial", reason="interrupted"), provenance.finished(facts))
         raise
@@ -125,23 +135,12 @@ def _group(config: Config) -> str | None:
 
 
 def _measure(
-    plan: Plan, plain: dict[str, Any], store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None
+    plan: Plan, store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None, tracker: tracking.Tracker
 ) -> dict[str, Any]:
-    """Decode, grade and store every example that is missing; the tracker is closed whatever happens."""
-    config = plan.config
-    tracker = _tracker(config)
-    summary: dict[str, Any] | None = None
-    try:
-        tracker.start(plain, store.path, f"{config.task.name}-{store.fingerprint}", _group(config))
-    except tracking.TrackingError as error:
-        raise ConfigError(f"track={config.track.name}: {error}") from error
-    try:
-        with exclusive.alone(_resource(plan.device), config.exclusive, _waiting):
-            ended = _decode(plan, store, facts, member, watch, tracker)
-        summary = _describe(plan, store, facts, status="partial" if ended else "ok", reason=ended)
-    finally:
-        tracker.finish(summary)
-    return summary
+    """Decode, grade and store every example that is missing."""
+    with exclusive.alone(_resource(plan.device), plan.config.exclusive, _waiting):
+        ended = _decode(plan, store, facts, member, watch, tracker)
+    return _describe(plan, store, facts, status="partial" if ended else "ok", reason=ended)
 
 
 def _decode(
@@ -163,7 +162,7 @@ def _decode(
             records = _wave(plan, engine, [item for _, item in items], items[0][0] // plan.wave)
             store.append(records)
             for record in records:
-                tracker.log_example(_row(record))
+                tracker.log_example(record)
             for _ in items:
                 advance()
             ended = watch(store.records()) if watch and start + plan.wave < len(missing) else None
@@ -182,13 +181,23 @@ def _waiting() -> None:
     console.note("waiting until another run on this machine has ended (exclusive=false shares it)")
 
 
-def _tracker(config: Config) -> tracking.Tracker:
+def _tracker(config: Config, plain: dict[str, Any], store: RunStore) -> tracking.Tracker:
+    """The tracker of the run, started: before the store is touched, so that a missing login costs nothing."""
     track = config.track
     if not isinstance(track, WandbOffline):
         return tracking.make("none", results_dir=config.results_dir, project="")
-    mode: tracking.Mode = "online" if track.name == "wandb" else "offline"
-    entity = getattr(track, "entity", None)
-    return tracking.make(mode, results_dir=config.results_dir, project=track.project, entity=entity)
+    tracker = tracking.make(
+        "online" if track.name == "wandb" else "offline",
+        results_dir=config.results_dir,
+        project=track.project,
+        entity=getattr(track, "entity", None),
+        texts=track.texts,
+    )
+    try:
+        tracker.start(plain, store.path, f"{config.task.name}-{store.fingerprint}", _group(config))
+    except tracking.TrackingError as error:
+        raise ConfigError(f"track={track.name}: {error}") from error
+    return tracker
 
 
 def _warm_up(plan: Plan, engine: Engine) -> None:
@@ -305,22 +314,6 @@ def _record(plan: Plan, item: Prepared, arm: str, decoded: Decoded, wave: str, e
         flops_per_step=decoded.flops / steps if steps else None,
         **extra,
     )
-
-
-def _row(record: Record) -> dict[str, Any]:
-    """What the tracker shows of a record: no token ids, no per-step lists."""
-    shown: dict[str, Any] = {
-        "example_id": record.example_id,
-        "arm": record.arm,
-        "text": record.text,
-        "prompt_tokens": record.prompt_tokens,
-        "tokens": record.tokens,
-        "steps": record.steps,
-        "seconds": record.seconds,
-        "tokens_per_second": record.tokens / record.seconds if record.seconds else 0.0,
-        "acceptance_length": record.tokens / record.steps if record.steps else 0.0,
-    }
-    return shown | record.grade
 
 
 def _describe(

@@ -165,6 +165,7 @@ class Config:
         "CPU memory for prefilled prompts that later members of a sweep in the same process take over, 0 = none",
         minimum=0,
     )
+    dry_run: bool = setting("check everything, say how long the run would take, and compute nothing")
     results_dir: str = setting("folder that runs, tables and figures are written to")
     rerun: bool = setting("run again even if this configuration is finished")
     stale: str = setting(

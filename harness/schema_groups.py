@@ -190,10 +190,11 @@ class NoTrack:
 
 @dataclass(frozen=True, slots=True)
 class WandbOffline(NoTrack):
-    """Weights & Biases, written under results_dir and uploaded by hand."""
+    """Weights & Biases, written under results_dir and uploaded by `python -m scripts.sync`."""
 
     project: str = setting("W&B project")
-    group: str | None = setting("W&B group that holds the runs of a sweep, null = none")
+    group: str | None = setting("W&B group that holds the runs of a sweep, null = the name of the sweep")
+    texts: bool = setting("outputs of the examples too; false = numbers alone, texts stay in records.jsonl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def begin(typed: Sequence[list[str]], configs: Sequence[Config], settings: Any) 
         settings: Hydra's own, for the launcher.
 
     Returns:
-        The override by which Hydra hands `VARIABLE` to the members.
+        The override by which Hydra hands `VARIABLE` to the members; empty in a dry run, which leaves no manifest.
 
     Raises:
         ConfigError: a member, or the sweep as a whole, cannot run.
@@ -64,6 +64,8 @@ def begin(typed: Sequence[list[str]], configs: Sequence[Config], settings: Any) 
     launcher, results_dir = settings.runtime.choices["hydra/launcher"], _results_dir(configs)
     if launcher != "basic" and settings.launcher.get("n_jobs") != 1:
         _check_side_by_side(configs, launcher)
+    if all(config.dry_run for config in configs):
+        return f"+hydra.job.env_set.{VARIABLE}=''"
     members = [
         sweeps.Member(tuple(clean_argv(["", *overrides])[1:]), _expected(config, launcher))
         for overrides, config in zip(typed, configs, strict=True)

@@ -17,11 +17,11 @@ class NothingToShow(RuntimeError):
     """There is no stored run to show; one line that says what to do."""
 
 
-def parser(program: str, description: str, out: str) -> argparse.ArgumentParser:
-    """The options of every such program; `out` names the folder below --results that is written by default."""
+def parser(program: str, description: str, out: str, *, kind: str = "folder") -> argparse.ArgumentParser:
+    """The options of every such program; `out` names what is written below --results by default, a `kind`."""
     options = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     options.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/ (results)")
-    options.add_argument("--out", type=Path, default=None, help=f"folder to write to (<results>/{out})")
+    options.add_argument("--out", type=Path, default=None, help=f"{kind} to write to (<results>/{out})")
     options.add_argument("--task", default="", help="only these tasks, comma-separated: xsum,squad")
     options.add_argument("--experiment", default=None, help="only the runs of this experiment")
     options.set_defaults(folder=out)

@@ -7,8 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from harness.evidence.labels import NO_DRAFTS, identity, name_of, natural, setting_labels
-from harness.evidence.rows import Estimate, Row
-from scripts.cells import ARROW, NOTHING, Column, Grid, change, estimate, grids_of, lines, number, percent
+from harness.evidence.rows import Row
+from scripts.cells import (
+    ARROW,
+    NOTHING,
+    Column,
+    Grid,
+    bounds,
+    change,
+    described,
+    estimate,
+    grids_of,
+    lines,
+    number,
+    percent,
+    plain,
+)
 from scripts.figures.style import Place, by_place
 
 TITLE = ": drafters"
@@ -171,21 +185,15 @@ def cautions(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The same as plain numbers with whole histograms ("1:12 2:4"), a mapping for each run."""
-    return [{key: _plain(value) for key, value in _values(row).items()} for row in _shown(rows)]
+    return [plain(_values(row)) for row in _shown(rows)]
 
 
 def _values(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {
-        "fingerprint": row.fingerprint,
-        "task": row.task,
-        "data": row.data,
-        "model": row.model,
-        "device": row.device,
+        **described(row),
         "drafter": row.drafting.drafter,
         "decoding": row.drafting.decoding or "greedy",
         "batch_size": row.drafting.batch.removeprefix("batch ") or "1",
-        "setting": row.setting,
-        "marks": ", ".join(row.marks),
         "examples": row.examples,
         "prompt_tokens_median": row.prompt_tokens,
     }
@@ -199,11 +207,5 @@ def _values(row: Row) -> dict[str, Any]:
             f"{arm}_histogram": " ".join(f"{new}:{count}" for new, count in enumerate(row.histogram(arm)) if count),
         }
     for name in ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense"):
-        ratio: Estimate = getattr(row, name)
-        low, high = ratio.ci or (None, None)
-        flat |= {name: ratio.value, f"{name}_low": low, f"{name}_high": high}
+        flat |= bounds(name, getattr(row, name))
     return flat
-
-
-def _plain(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -15,22 +16,15 @@ from rich.text import Text
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Row
 from harness.evidence.store import write_table, write_text
-from scripts import budget_table, cells, common, draft_table
-from scripts.cells import ARROW, NOTHING, Column, Grid, grids_of, lines
+from scripts import budget_table, cells, common, draft_table, hybrid_table, results_table
+from scripts.cells import NOTHING, Grid, lines
 
-LEGEND = (
-    "Ratios are decoding throughputs (prefill left out) with 95% intervals over examples (BCa bootstrap, by cluster). "
-    "limit: the most sparse/dense could be, bytes of a dense step over bytes of a sparse step. "
-    "of peak: least time of a step on this machine's measured peaks over its time, dense above sparse; c where "
-    "arithmetic sets that limit instead of memory traffic. "
-    "AL: new tokens per verification of the sparse arm. "
-    "same: outputs identical to dense and median token where they part; in brackets the noise floor, dense against AR."
-)
 QUOTED = (
     "Reference: as quoted by a public summary of arXiv 2512.21911, with other models, drafters and machines; "
     "not verified. Ours: speed-up of decoding over AR, quality in points against dense verification. "
     "Cells that were not measured stay empty."
 )
+LEGEND = results_table.LEGEND
 UNSTATED = "not stated"
 SCREEN_WIDTH = 160
 WIDE = 145
@@ -56,54 +50,9 @@ REFERENCES = (
 )
 
 
-FULL = (
-    Column("task\ndata", lambda row: lines(row.task, f"({row.data})"), right=False),
-    Column("setting", lambda row: lines(row.setting, _kept(row)), right=False),
-    Column("n", lambda row: str(row.examples)),
-    Column("prompt\ntokens", lambda row: cells.number(row.prompt_tokens, 0)),
-    Column("AL", lambda row: cells.number(row.acceptance)),
-    Column("AR\ntok/s", lambda row: cells.number(row.tokens_per_second.get("ar"), 1)),
-    Column("dense\n/ AR", lambda row: cells.estimate(row.dense_vs_ar)),
-    Column("sparse\n/ AR", lambda row: cells.estimate(row.sparse_vs_ar)),
-    Column("sparse\n/ dense", lambda row: cells.estimate(row.sparse_vs_dense)),
-    Column("limit", lambda row: cells.number(row.limit)),
-    Column("of\npeak", lambda row: lines(*(_of_peak(row, arm) for arm in ("dense", "sparse"))), optional=True),
-    Column("sparse AR\n/ AR", lambda row: cells.estimate(row.sparse_ar_vs_ar), optional=True),
-    Column(f"quality dense {ARROW} sparse\nand difference", lambda row: _quality(row), right=False),
-    Column("same\n(floor)", cells.same, right=False),
-    Column("mark", lambda row: "\n".join(row.marks), right=False, optional=True),
-)
-COMPACT = (
-    Column("task\nsetting", lambda row: lines(row.task, row.setting, *row.marks), right=False),
-    Column("n\nprompt", lambda row: lines(str(row.examples), cells.number(row.prompt_tokens, 0))),
-    Column("AL", lambda row: cells.number(row.acceptance)),
-    *FULL[6:10],
-    Column(
-        f"quality dense\n{ARROW} sparse\nand difference", lambda row: _quality(row).replace(" ", "\n", 1), right=False
-    ),
-)
-
-
-def results_grids(rows: Sequence[Row], columns: Sequence[Column] = FULL) -> list[Grid]:
-    """One table for each model and device, a row for each task and setting."""
-    return grids_of(rows, columns)
-
-
-def _kept(row: Row) -> str:
-    return f"({row.kept_tokens} tokens)" if row.kept_tokens is not None else ""
-
-
-def _of_peak(row: Row, arm: str) -> str:
-    fraction = row.roofline(arm)
-    if fraction is None:
-        return ""
-    return f"{100 * fraction:.0f}%" + (" c" if row.bound(arm) == "compute" else "")
-
-
-def _quality(row: Row) -> str:
-    values = cells.quality(row)
-    difference = cells.estimate(row.delta, 1, sign=True).replace("\n", " ")
-    return values if difference == NOTHING else f"{values}\n{difference}"
+def results_grids(rows: Sequence[Row], *, compact: bool = False) -> list[Grid]:
+    """Speed and quality of every run (see `results_table`)."""
+    return results_table.grids(rows, compact=compact)
 
 
 def reference_grid(rows: Sequence[Row], *, compact: bool = False) -> Grid:
@@ -142,8 +91,44 @@ def _measured(row: Row) -> tuple[str, ...]:
         cells.estimate(row.dense_vs_ar, unit=TIMES),
         cells.estimate(row.sparse_vs_ar, unit=TIMES),
         NOTHING if gain is None else f"{cells.number(100 * (gain - 1), 0, sign=True)}%",
-        cells.estimate(row.delta, 1, sign=True, unit=f" {row.metric}"),
+        cells.difference(row.delta, unit=f" {row.metric}"),
     )
+
+
+def reference_numbers(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The same as plain numbers; what was quoted as it stands, a mapping for each line."""
+    told: list[dict[str, Any]] = []
+    for quoted in REFERENCES:
+        told.append(
+            {
+                "reference": quoted.label,
+                "source": "quoted",
+                "model": quoted.model,
+                "dense_vs_ar": quoted.speculative,
+                "sparse_vs_ar": quoted.sparse,
+                "gain": quoted.gain.replace(cells.MINUS, "-"),
+                "quality": quoted.quality.replace(cells.MINUS, "-"),
+            }
+        )
+        told += [_measured_numbers(quoted, row) for row in rows if row.task_name == quoted.task and not row.forced]
+    keys = dict.fromkeys(key for line in told for key in line)
+    return [{key: line.get(key) for key in keys} for line in told]
+
+
+def _measured_numbers(quoted: Reference, row: Row) -> dict[str, Any]:
+    gain = row.sparse_vs_dense.value
+    numbers = {
+        "reference": quoted.label,
+        "source": "measured",
+        **cells.described(row),
+        "examples": row.examples,
+        **cells.bounds("dense_vs_ar", row.dense_vs_ar),
+        **cells.bounds("sparse_vs_ar", row.sparse_vs_ar),
+        "gain": None if gain is None else 100 * (gain - 1),
+        "quality": row.metric,
+        **cells.detectable("quality_difference", row.delta),
+    }
+    return cells.plain(numbers)
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
@@ -156,9 +141,10 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def _cautions(rows: Sequence[Row]) -> list[str]:
-    """What carved, simulated and forced runs do not say."""
+    """What carved, simulated, shared and forced runs do not say."""
     told = [cells.CARVED] if any(row.carved for row in rows) else []
     told += [cells.SIMULATED_NOTE] if any(row.simulated for row in rows) else []
+    told += [cells.SHARED_NOTE] if not all(row.exclusive for row in rows) else []
     return told + draft_table.cautions(rows)
 
 
@@ -179,21 +165,17 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the result tables, the paper-shaped table where a task of it was measured, and what the columns mean."""
     console = console or Console(width=None if sys.stdout.isatty() else SCREEN_WIDTH, highlight=False)
     compact = console.width < WIDE
-    for grid in results_grids(rows, COMPACT if compact else FULL):
-        console.print(render(grid))
-    console.print(Text(LEGEND, style="dim"))
+    blocks = [("", results_grids(rows, compact=compact), LEGEND)]
     if any(row.counted for row in rows):
-        console.print()
-        for grid in budget_table.grids(rows, compact=compact):
-            console.print(render(grid))
-        console.print(Text(budget_table.LEGEND, style="dim"))
-    drafters = draft_table.screen_grids(rows, compact=compact)
-    if drafters:
-        console.print()
-        console.print(Text(draft_table.HEAD))
-        for grid in drafters:
-            console.print(render(grid))
-        console.print(Text(draft_table.LEGEND, style="dim"))
+        blocks.append(("", budget_table.grids(rows, compact=compact), budget_table.LEGEND))
+    blocks.append(("", hybrid_table.grids(rows, compact=compact), hybrid_table.LEGEND))
+    blocks.append((draft_table.HEAD, draft_table.screen_grids(rows, compact=compact), draft_table.LEGEND))
+    for head, grids, legend in blocks:
+        if grids:
+            console.print(Text(head))
+            for grid in grids:
+                console.print(render(grid))
+            console.print(Text(legend, style="dim"))
     for line in footnotes(rows):
         console.print(Text(line, style="yellow"))
     if any(row.task_name == quoted.task for row in rows for quoted in REFERENCES):
@@ -203,25 +185,30 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write results, budgets and reference as .md and .tex, and budgets.csv, to `folder`, each atomically.
+    """Write results, budgets and reference to `folder`, each as .md, .tex and .csv and atomically.
 
-    Where there are drafters to compare, drafters.md, .tex and .csv too.
+    Where there are hybrids or drafters to compare, hybrid.* and drafters.* too.
     """
     quoted, sources = reference_grid(rows), [QUOTED, *_cautions([row for row in rows if not row.forced])]
     notes = footnotes(rows)
     texts = _texts("results", results_grids(rows), [LEGEND, *notes])
     texts |= _texts("budgets", budget_table.grids(rows), [budget_table.LEGEND, *notes])
     texts |= _texts("reference", [quoted], sources)
-    plain = {"budgets.csv": budget_table.table(rows)}
+    plain = {"results": results_table.table(rows), "budgets": budget_table.table(rows)}
+    plain["reference"] = reference_numbers(rows)
+    mixed = hybrid_table.grids(rows)
+    if mixed:
+        texts |= _texts("hybrid", mixed, [hybrid_table.LEGEND, *notes])
+        plain["hybrid"] = hybrid_table.table(rows)
     drafters = draft_table.grids(rows)
     if drafters:
         texts |= _texts("drafters", drafters, [draft_table.LEGEND, *notes], head=draft_table.HEAD)
-        plain["drafters.csv"] = draft_table.table(rows)
+        plain["drafters"] = draft_table.table(rows)
     for name, text in texts.items():
         write_text(folder / name, text)
     for name, numbers in plain.items():
-        write_table(folder / name, numbers)
-    return [folder / name for name in (*texts, *plain)]
+        write_table(folder / f"{name}.csv", numbers)
+    return [folder / name for name in (*texts, *(f"{name}.csv" for name in plain))]
 
 
 def _texts(name: str, grids: Sequence[Grid], notes: Sequence[str], *, head: str = "") -> dict[str, str]:
@@ -231,7 +218,8 @@ def _texts(name: str, grids: Sequence[Grid], notes: Sequence[str], *, head: str 
     texts = [*(f"{text}\n" for text in above), *(cells.markdown(grid) for grid in grids)]
     return {
         f"{name}.md": "\n".join([*texts, *(f"{note}\n" for note in notes)]),
-        f"{name}.tex": preamble + "\n".join(cells.latex(grid, [*above, *notes]) for grid in grids),
+        f"{name}.tex": preamble
+        + "\n".join(cells.latex(grid, [*above, *notes] if grid is grids[-1] else ()) for grid in grids),
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.evidence import Record, RunStore, build_summary, provenance
+from harness.evidence.rows import SPEEDUPS
 
 ARMS = ("ar", "dense", "sparse")
 STEP_MS = {"ar": 20.0, "dense": 30.0, "sparse": 22.0}
@@ -137,9 +138,9 @@ def example(
 
     `histograms` sets those of its arms; of a step of arms with drafts, a tenth is drafting, six tokens each.
     """
-    rng, extra = random.Random(f"{seed}/{name}"), random.Random(f"{seed}/{name}/traced")
+    rng, extra, scoring = (random.Random(f"{seed}/{name}{part}") for part in ("", "/traced", "/reference"))
     rows = []
-    base = rng.uniform(10, 30)
+    base, scored = rng.uniform(10, 30), scoring.randint(20, 60)
     cost = {"ar": 0.02, "dense": 0.03, "sparse": 0.03 / gain, "sparse_ar": 0.02 / gain}
     for arm in arms:
         drafts = arm not in ("ar", "sparse_ar")
@@ -151,6 +152,8 @@ def example(
         if arm.startswith("sparse") and rng.random() < 0.5:
             ids[-1] += 7
         changes: dict[str, Any] = {"histogram": histogram, "grade": grade, "output_ids": tuple(ids)}
+        lost = {"sparse": 0.02}.get(arm, 0.0) + scoring.gauss(0, 0.004)
+        changes["reference"] = {"tokens": scored, "logprob": -scored * (base / 10 + lost)}
         changes["seconds"] = seconds = steps * cost[arm] * slow
         changes["step_ms"] = (1e3 * cost[arm] * slow,) * steps
         changes |= {"drafted": 6 * steps, "draft_seconds": 0.1 * seconds} if drafts else {"draft_seconds": 0.0}
@@ -220,6 +223,7 @@ def stored_run(
     prompt: int = 1000,
     traces: bool = True,
     histograms: Sequence[Mapping[str, tuple[int, ...]]] = (),
+    exclusive: bool = True,
     **changes: Any,
 ) -> RunStore:
     """Write one whole run folder and return its closed store; without `traces` as runs were before there were any.
@@ -246,6 +250,7 @@ def stored_run(
             reason=reason,
             required_paths=required,
             resamples=400,
+            exclusive=exclusive,
         )
         if not traces:
             _forget(summary)
@@ -254,8 +259,16 @@ def stored_run(
 
 
 def _forget(summary: dict[str, Any]) -> None:
-    """Take out what summaries did not hold before selections were traced and drafts were counted."""
+    """Take out what summaries did not hold before traces, drafts, references and factors of speed-ups."""
     for block in summary["arms"].values():
-        del block["trace"], block["draft"]
+        del block["trace"], block["draft"], block["reference"]
+    compare = summary["compare"]
+    del summary["exclusive"], compare["reference_delta"], compare["noise_floor"]
+    for name, block in compare.items():
+        if name in SPEEDUPS:
+            del block["tokens_per_step"], block["steps_per_second"]
+    compare["quality_delta"] = {
+        name: {key: block[key] for key in ("delta", "ci95")} for name, block in compare["quality_delta"].items()
+    }
     for key in ("agreement_ci95", "tokens"):
         summary["compare"]["fidelity"].pop(key, None)

@@ -48,10 +48,11 @@ def interval(
 
     BCa after Efron (1987), the acceleration from the jackknife over clusters. A bootstrap of n clusters is too narrow
     by about sqrt((n - 1) / n) and by normal instead of t quantiles; the nominal tails are widened for that, as
-    Hesterberg (2015, "What teachers should know about the bootstrap") does for percentile intervals.
+    Hesterberg (2015, "What teachers should know about the bootstrap") does for percentile intervals, with n the
+    `effective` number of clusters.
 
     Args:
-        totals: [clusters, columns].
+        totals: [clusters, columns], the last of them a cluster's weight: a count, tokens or seconds.
         statistic: maps [..., columns] to [...].
     Returns:
         (low, high), or None with fewer than two clusters or where the statistic is undefined.
@@ -63,10 +64,19 @@ def interval(
     draws = _resampled(totals, statistic, resamples, seed)
     if not np.isfinite(observed) or len(draws) < resamples // 2:
         return None
-    low, high = _tails(level, count)
+    low, high = _tails(level, effective(totals[:, -1]))
     corrected = _bca_tails(totals, statistic, observed, draws, low, high)
     bounds = np.quantile(draws, corrected if corrected is not None else (low, high))
     return float(bounds[0]), float(bounds[1])
+
+
+def effective(weights: Floats) -> int:
+    """How many clusters of equal weight are worth as much as these, at least 2: (sum w)^2 / sum w^2, rounded.
+
+    After Carter, Schnepel and Steigerwald (2017): a few large clusters among many small ones are few clusters.
+    """
+    squares = float(np.sum(weights**2))
+    return max(2, round(float(weights.sum()) ** 2 / squares)) if squares > 0 else len(weights)
 
 
 def _resampled(totals: Floats, statistic: Statistic, resamples: int, seed: int) -> Floats:
@@ -108,15 +118,42 @@ def _bca_tails(
 @lru_cache(maxsize=256)
 def _tails(level: float, count: int) -> tuple[float, float]:
     """Nominal tail probabilities for `count` clusters, kept inside what a float can invert."""
-    widened = -float(np.sqrt(count / (count - 1))) * _t_quantile(0.5 + level / 2, count - 1)
+    widened = -float(np.sqrt(count / (count - 1))) * t_quantile(0.5 + level / 2, count - 1)
     low = min(max(_NORMAL.cdf(widened), 1e-9), 0.5)
     return low, 1.0 - low
 
 
-def _t_quantile(probability: float, degrees: int) -> float:
-    """Quantile (probability > 0.5) of Student's t, by integrating its density in theta = atan(x / sqrt(degrees))."""
+def standard_error(totals: Floats) -> float | None:
+    """Cluster-robust standard error of the ratio of the first two column totals; None with fewer than two clusters.
+
+    Linearised: each cluster's residual is its first column less the ratio times its second; n / (n - 1) for n clusters.
+    """
+    count = len(totals)
+    if count < 2:
+        return None
+    above, below = totals[:, 0].sum(), totals[:, 1].sum()
+    residuals = totals[:, 0] - above / below * totals[:, 1]
+    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / abs(below))
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile (probability of at least one half) of Student's t."""
+    theta, area = _t_areas(degrees)
+    return float(np.sqrt(degrees) * np.tan(np.interp(2 * probability - 1, area, theta)))
+
+
+def t_tail(value: float, degrees: int) -> float:
+    """Probability that Student's t exceeds `value`."""
+    theta, area = _t_areas(degrees)
+    inner = float(np.interp(np.arctan(abs(value) / np.sqrt(degrees)), theta, area))
+    return (1.0 - inner) / 2 if value >= 0 else (1.0 + inner) / 2
+
+
+@lru_cache(maxsize=256)
+def _t_areas(degrees: int) -> tuple[Floats, Floats]:
+    """Angles atan(x / sqrt(degrees)) from 0 to pi / 2, and the probability that |t| is below each of them."""
     theta = np.linspace(0.0, np.pi / 2, 20001)
     density = np.cos(theta) ** (degrees - 1)
     area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(2 * probability - 1, area / area[-1], theta)
-    return float(np.sqrt(degrees) * np.tan(angle))
+    return theta, area / area[-1]

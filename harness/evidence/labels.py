@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 TIMES = "\u00d7"
 SIMULATED = "simulated"
 FORCED = "forced oracle"
+SHARED = "shared"
 NO_DRAFTS = "no drafts"
 AXES = ("attention", "ffn", "experts", "reuse")
 GROUPS = {"attention": "attn", "ffn": "ffn", "experts": "moe", "reuse": "reuse"}
@@ -24,7 +25,18 @@ BUDGET_KEYS = {
 
 _TASK_LABELS = {"bucket": "{}", "context_tokens": "{} tok", "depth": "depth {}"}
 _NOT_SETTING = (
-    *("track", "results_dir", "rerun", "stale", "hydra", "arms", "analysis", "exclusive", "prefill_memory_gb"),
+    *(
+        "track",
+        "results_dir",
+        "rerun",
+        "stale",
+        "hydra",
+        "arms",
+        "analysis",
+        "exclusive",
+        "prefill_memory_gb",
+        "dry_run",
+    ),
 )
 _FILES = ("calibration", "file_hashes")
 _SHOWN_ELSEWHERE = (

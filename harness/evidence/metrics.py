@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from harness.evidence import bootstrap
+from harness.evidence.differences import quality_delta, reference_block, reference_delta, speedup
 from harness.evidence.records import Record, complete
 from harness.evidence.traces import fidelity_block, trace_block
 
@@ -103,6 +104,7 @@ def arm_block(
         "acceptance_length": acceptance_length(rows),
         "histogram": pooled_histogram(rows),
         "quality": {name: float(np.mean([row.grade[name] for row in rows])) for name in metrics},
+        "reference": reference_block(rows),
         "step_ms": {
             "p50": float(np.percentile(step_ms, 50)) if len(step_ms) else None,
             "p90": float(np.percentile(step_ms, 90)) if len(step_ms) else None,
@@ -194,9 +196,9 @@ def compare_block(
     seed: int = 0,
     greedy: bool = True,
 ) -> dict[str, Any]:
-    """The entry `compare`: speed-ups, quality deltas (sparse less dense) and fidelity, each paired by example.
+    """The entry `compare`: speed-ups, quality deltas (sparse less dense), noise floor (dense less ar) and fidelity.
 
-    A pair is null where one of its arms was not run.
+    All are paired by example. A pair is null where one of its arms was not run.
     """
     result: dict[str, Any] = {}
     for arm, base in PAIRS + tuple(pair for pair in OPTIONAL_PAIRS if by_arm.get(pair[0])):
@@ -205,62 +207,17 @@ def compare_block(
     result["quality_delta"] = {
         name: quality_delta(sparse, dense, name, resamples=resamples, seed=seed) for name in metrics
     }
+    result["reference_delta"] = reference_delta(sparse, dense, resamples=resamples, seed=seed)
+    result["noise_floor"] = {
+        "quality": {name: quality_delta(dense, ar, name, resamples=resamples, seed=seed) for name in metrics},
+        "reference": reference_delta(dense, ar, resamples=resamples, seed=seed),
+    }
     result["fidelity"] = {
         **fidelity_block(sparse, resamples=resamples, seed=seed),
         "first_divergence": divergence(sparse, dense, "sparse") if greedy else None,
         "noise_floor": divergence(dense, ar, "dense") if greedy else None,
     }
     return result
-
-
-def speedup(
-    rows: Sequence[Record], base: Sequence[Record], *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
-) -> dict[str, Any] | None:
-    """Ratio of pooled decode throughputs (tokens per second) with its 95% interval; null without either arm."""
-    if not rows or not base:
-        return None
-    columns = np.array(
-        [[a.tokens, a.seconds, b.tokens, b.seconds] for a, b in zip(rows, base, strict=True)], dtype=np.float64
-    )
-    totals = bootstrap.cluster_totals(columns, timed_together(rows))
-    value = float(bootstrap.ratio_of_rates(totals.sum(axis=0)))
-    if not np.isfinite(value):
-        return {"speedup": None, "ci95": None}
-    bounds = bootstrap.interval(totals, bootstrap.ratio_of_rates, resamples=resamples, seed=seed)
-    return {"speedup": value, "ci95": list(bounds) if bounds else None}
-
-
-def timed_together(rows: Sequence[Record]) -> list[str]:
-    """A label per record: records of one cluster or of one wave, linked directly or through others, have the same."""
-    label = {row.group: row.group for row in rows}
-
-    def of(group: str) -> str:
-        while label[group] != group:
-            group = label[group]
-        return group
-
-    first: dict[str, str] = {}
-    for row in rows:
-        if row.wave:
-            label[of(row.group)] = of(first.setdefault(row.wave, row.group))
-    return [of(row.group) for row in rows]
-
-
-def quality_delta(
-    rows: Sequence[Record], base: Sequence[Record], metric: str, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
-) -> dict[str, Any]:
-    """Mean paired difference in points with its 95% interval; nulls without either arm."""
-    if not rows or not base:
-        return {"delta": None, "ci95": None}
-    columns = np.array(
-        [[a.grade[metric] - b.grade[metric], 1.0] for a, b in zip(rows, base, strict=True)], dtype=np.float64
-    )
-    totals = bootstrap.cluster_totals(columns, [row.group for row in rows])
-    bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
-    return {
-        "delta": float(bootstrap.mean_difference(totals.sum(axis=0))),
-        "ci95": list(bounds) if bounds else None,
-    }
 
 
 def divergence(rows: Sequence[Record], base: Sequence[Record], name: str) -> dict[str, float | None] | None:

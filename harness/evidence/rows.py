@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.evidence.labels import (
     FORCED,
+    SHARED,
     SIMULATED,
     Drafting,
     axes_on,
@@ -29,6 +30,9 @@ COUNTED = ("ok", "partial")
 TAKEN_OVER = ("reuse.anchor", "reuse.skip_retrieval")
 Interval = tuple[float, float]
 
+SPEEDUPS = ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense", "sparse_ar_vs_ar")
+"""Fields of a row, and names in summary.json, that compare two arms' throughputs; keys of `Row.split`."""
+
 LEAST_SAVING = 0.01
 """Share of a dense step's bytes that must be saved before the realised share of it means anything."""
 
@@ -41,6 +45,28 @@ class Estimate:
 
     value: float | None = None
     ci: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference(Estimate):
+    """A paired difference of two arms, with what it could have shown; None where a run of an earlier version lacks it.
+
+    `se` is its cluster-robust standard error over `clusters`, of which `changed` differ at all, and `mdd` the smallest
+    true difference that would have been detected (see `inference.detectable`).
+    """
+
+    se: float | None = None
+    clusters: int | None = None
+    changed: int | None = None
+    mdd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The two factors of a speed-up; their product is the speed-up."""
+
+    tokens_per_step: Estimate = Estimate()
+    steps_per_second: Estimate = Estimate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +98,12 @@ class Row:
     limit: float | None
     metric: str
     quality: Mapping[str, float | None]
-    delta: Estimate
+    delta: Difference
+    floor: Difference
+    reference_delta: Difference
+    reference_floor: Difference
+    split: Mapping[str, Split]
+    exclusive: bool
     divergence: Mapping[str, Any] | None
     noise_floor: Mapping[str, Any] | None
     axes: tuple[str, ...]
@@ -93,9 +124,14 @@ class Row:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know before using the row: its status unless ok, stale, simulated, forced oracle."""
+        """What a reader must know first: status unless ok, stale, simulated, forced oracle, shared cores."""
         states = {self.status: self.status != "ok", "stale": self.stale, SIMULATED: self.simulated, FORCED: self.forced}
+        states[SHARED] = not self.exclusive
         return tuple(mark for mark, holds in states.items() if holds)
+
+    def reference(self, arm: str) -> float | None:
+        """Mean log-probability of the reference under an arm, in nats per token; None where it was not measured."""
+        return _number(self._arm(arm, "reference").get("logprob"))
 
     def acceptance_length(self, arm: str) -> float | None:
         """New tokens per step, bonus token included, pooled over steps."""
@@ -205,7 +241,7 @@ def row_of(run: StoredRun, setting: str, drafting: Drafting, stale: bool) -> Row
     deltas = compare.get("quality_delta") or {}
     metric = str((summary.get("metrics") or list(deltas) or [""])[0])
     fidelity = compare.get("fidelity") or {}
-    delta = deltas.get(metric) or {}
+    floor = compare.get("noise_floor") or {}
     return Row(
         fingerprint=run.fingerprint,
         start=str(run.provenance.get("start")),
@@ -232,7 +268,12 @@ def row_of(run: StoredRun, setting: str, drafting: Drafting, stale: bool) -> Row
         limit=(shown.get("ceiling") or {}).get("sparse_vs_dense"),
         metric=metric,
         quality={arm: (block.get("quality") or {}).get(metric) for arm, block in arms.items()},
-        delta=_estimate(delta, "delta"),
+        delta=_difference(deltas.get(metric)),
+        floor=_difference((floor.get("quality") or {}).get(metric)),
+        reference_delta=_difference(compare.get("reference_delta")),
+        reference_floor=_difference(floor.get("reference")),
+        split={name: _split(compare.get(name)) for name in SPEEDUPS},
+        exclusive=summary.get("exclusive") is not False,
         divergence=fidelity.get("first_divergence"),
         noise_floor=fidelity.get("noise_floor"),
         axes=axes_on(run.config),
@@ -253,6 +294,16 @@ def _estimate(block: Mapping[str, Any] | None, key: str, interval: str = "ci95")
         return Estimate()
     bounds = block.get(interval)
     return Estimate(block.get(key), (bounds[0], bounds[1]) if bounds else None)
+
+
+def _difference(block: Mapping[str, Any] | None) -> Difference:
+    known = _estimate(block, "delta")
+    rest = {name: (block or {}).get(name) for name in ("se", "clusters", "changed", "mdd")}
+    return Difference(known.value, known.ci, **rest)
+
+
+def _split(block: Mapping[str, Any] | None) -> Split:
+    return Split(*(_estimate((block or {}).get(name), "ratio") for name in ("tokens_per_step", "steps_per_second")))
 
 
 def _retrieving(paths: Mapping[str, int]) -> float | None:
@@ -313,10 +364,11 @@ def _overview(row: Row) -> dict[str, Any]:
     for arm in ("ar", "dense", "sparse"):
         flat[f"{arm}_tokens_per_second"] = row.tokens_per_second.get(arm)
         flat[f"{arm}_quality"] = row.quality.get(arm)
-    for name in ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense", "delta"):
+    for name in ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense", "delta", "reference_delta"):
         estimate: Estimate = getattr(row, name)
         low, high = estimate.ci or (None, None)
         flat |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+    flat |= {"delta_mdd": row.delta.mdd, "reference_delta_mdd": row.reference_delta.mdd, "exclusive": row.exclusive}
     flat["limit_sparse_vs_dense"] = row.limit
     for arm in ("ar", "dense", "sparse"):
         flat[f"{arm}_roofline_fraction"], flat[f"{arm}_roofline_bound"] = row.roofline(arm), row.bound(arm)

@@ -29,7 +29,7 @@ from harness.evidence.records import Record, RecordError
 __all__ = ["RunLocked", "RunStore", "StoreError", "StoredRun", "fingerprint", "load_runs", "sources_hash"]
 
 FINGERPRINT_VERSION = 1
-NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memory_gb")
+NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memory_gb", "dry_run")
 _TEMPORARY = ".tmp"
 _PATIENCE, _PAUSE = 10, 0.05
 """How often, and after how many seconds, a held run is tried again: who only looks at a lock holds it for a moment."""

@@ -1,13 +1,11 @@
-from dataclasses import replace
-
 import pytest
 
-from harness.evidence import metrics
+from harness.evidence import differences, metrics
 from tests.evidence_samples import ARMS, example, record
 
 ARM_KEYS = (
-    "tokens seconds tokens_per_second steps ttft_seconds acceptance_length histogram quality step_ms components_ms "
-    "draft bytes_per_step flops_per_step density trace roofline_fraction roofline_bound peak_memory_bytes"
+    "tokens seconds tokens_per_second steps ttft_seconds acceptance_length histogram quality reference step_ms "
+    "components_ms draft bytes_per_step flops_per_step density trace roofline_fraction roofline_bound peak_memory_bytes"
 )
 
 
@@ -65,68 +63,11 @@ def test_drafting_by_hand():
     assert metrics.arm_block([record(histogram=(0, 3), drafted=0)], ("rougeL",))["draft"]["accepted"] is None
 
 
-def test_examples_of_one_wave_are_resampled_together():
-    """Their times are shares of the same steps; a single wave has no interval."""
-    rows = {
-        arm: [record(name, arm, seconds=seconds, wave="a") for name in "ab"] for arm, seconds in (("x", 1), ("y", 2))
-    }
-    assert metrics.speedup(rows["x"], rows["y"], resamples=200) == {"speedup": pytest.approx(2), "ci95": None}
-    alone = {arm: [replace(row, wave="") for row in several] for arm, several in rows.items()}
-    assert metrics.speedup(alone["x"], alone["y"], resamples=200)["ci95"] is not None
-
-
-def test_waves_and_clusters_link_what_was_timed_together():
-    rows = [
-        record(name, wave=wave, cluster=cluster) for name, wave, cluster in ("ap-", "bpx", "cqx", "dq-", "er-", "f-y")
-    ]
-    rows = [replace(row, wave=row.wave.strip("-"), cluster=row.cluster.strip("-")) for row in rows]
-    labels = metrics.timed_together(rows)
-    # a and b shared wave p, b and c article x, c and d wave q; e was alone in its wave, f in none
-    assert len(set(labels[:4])) == 1 and len(set(labels)) == 3
-    assert metrics.timed_together([replace(row, wave="") for row in rows]) == ["a", "x", "x", "d", "e", "y"]
-
-
 def test_unknown_costs_stay_null():
     block = metrics.arm_block([record(bytes_per_step=None, flops_per_step=None, step_ms=())], ("rougeL",))
     assert block["bytes_per_step"] is block["flops_per_step"] is block["roofline_fraction"] is None
     assert block["roofline_bound"] is None
     assert block["step_ms"] == {"p50": None, "p90": None}
-
-
-def test_speedup_is_the_ratio_of_pooled_throughputs():
-    fast = [
-        record("a", "dense", histogram=(0, 0, 5), seconds=1.0),
-        record("b", "dense", histogram=(0, 10), seconds=4.0),
-    ]
-    slow = [record("a", "ar", histogram=(0, 10), seconds=2.0), record("b", "ar", histogram=(0, 10), seconds=6.0)]
-    block = metrics.speedup(fast, slow, resamples=200)
-    assert block["speedup"] == pytest.approx((20 / 5) / (20 / 8))
-    low, high = block["ci95"]
-    assert low <= block["speedup"] <= high
-
-
-def test_intervals_need_two_clusters():
-    rows = [record("a", "dense", cluster="x"), record("b", "dense", cluster="x")]
-    assert metrics.speedup(rows, rows)["ci95"] is None
-    assert metrics.quality_delta(rows, rows, "rougeL") == {"delta": 0.0, "ci95": None}
-
-
-def test_clusters_widen_the_interval():
-    changed = [(index % 10 // 5) * 10.0 + index % 3 for index in range(40)]
-    base = [record(f"e{i}", "dense") for i in range(40)]
-    alone = [record(f"e{i}", "sparse", grade={"rougeL": 20.0 + value}) for i, value in enumerate(changed)]
-    joined = [record(f"e{i}", "sparse", grade=row.grade, cluster=str(i // 5)) for i, row in enumerate(alone)]
-    widths = []
-    for rows in (alone, joined):
-        low, high = metrics.quality_delta(rows, base, "rougeL", resamples=2000)["ci95"]
-        widths.append(high - low)
-    assert widths[1] > 1.3 * widths[0]
-
-
-def test_a_constant_difference_has_an_interval_of_no_width():
-    base = [record(f"e{i}", "dense") for i in range(5)]
-    rows = [record(f"e{i}", "sparse", grade={"rougeL": 19.0}) for i in range(5)]
-    assert metrics.quality_delta(rows, base, "rougeL") == {"delta": -1.0, "ci95": [-1.0, -1.0]}
 
 
 def test_divergence_is_told_with_its_noise_floor():
@@ -152,10 +93,14 @@ def test_the_whole_block_has_the_shape_of_the_design():
         "sparse_vs_dense",
         "dense_vs_ar",
         "quality_delta",
+        "reference_delta",
+        "noise_floor",
         "fidelity",
     ]
-    assert set(result["compare"]["sparse_vs_ar"]) == {"speedup", "ci95"}
-    assert set(result["compare"]["quality_delta"]["rougeL"]) == {"delta", "ci95"}
+    assert set(result["compare"]["sparse_vs_ar"]) == {"speedup", "ci95", "tokens_per_step", "steps_per_second"}
+    floor = result["compare"]["noise_floor"]
+    for block in (result["compare"]["quality_delta"]["rougeL"], floor["quality"]["rougeL"], floor["reference"]):
+        assert set(block) == set(differences.KEYS) and None not in block.values()
     assert result["paths"]["block_attention.torch"] == sum(row.steps * 30 for row in rows if row.arm == "sparse")
     assert result["ceiling"] == {"sparse_vs_dense": pytest.approx(4.4 / 3.0)}
     assert result["prompt_tokens"] == {"median": 1000, "max": 1000}
@@ -166,7 +111,7 @@ def test_arms_that_were_not_run_leave_nulls():
     compare = summary(rows, arms=("ar", "sparse_ar"))["compare"]
     assert compare["sparse_vs_ar"] is compare["sparse_vs_dense"] is compare["dense_vs_ar"] is None
     assert compare["sparse_ar_vs_ar"]["speedup"] > 1
-    assert compare["quality_delta"] == {"rougeL": {"delta": None, "ci95": None}}
+    assert compare["quality_delta"] == {"rougeL": dict.fromkeys(differences.KEYS)}
     assert compare["fidelity"]["first_divergence"] is compare["fidelity"]["noise_floor"] is None
 
 

@@ -258,7 +258,8 @@ def test_runs_that_do_not_count_show_no_number(tmp_path, how):
     stored_run(tmp_path, **how)
     (row,) = rows.collect(tmp_path, sources="abc")
     assert not row.counted and row.reason and row.marks[0] in ("failed", "invalid")
-    assert row.sparse_vs_ar == row.delta == rows.Estimate()
+    assert row.sparse_vs_ar == rows.Estimate() and row.delta == row.reference_floor == rows.Difference()
+    assert set(row.split.values()) == {rows.Split()}
     assert (row.limit, row.acceptance, dict(row.tokens_per_second), dict(row.quality)) == (None, None, {}, {})
 
 

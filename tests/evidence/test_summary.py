@@ -19,8 +19,8 @@ def examples(count=4, arms=ARMS):
 def test_the_summary_has_the_keys_of_the_design():
     summary = built(examples(), notes=["first"])
     assert list(summary) == [
-        *("version", "fingerprint", "status", "reason", "task", "model", "device", "examples", "metrics"),
-        *("arms", "compare", "paths", "ceiling", "prompt_tokens", "notes"),
+        *("version", "fingerprint", "status", "reason", "task", "model", "device", "exclusive", "examples"),
+        *("metrics", "arms", "compare", "paths", "ceiling", "prompt_tokens", "notes"),
     ]
     assert (summary["version"], summary["status"], summary["reason"], summary["examples"]) == (1, "ok", None, 4)
     json.dumps(summary, allow_nan=False)

@@ -16,8 +16,8 @@ import torch
 
 from harness import build, runner
 from harness.engine.model import attention, compiled_step, shapes
-from harness.evidence import provenance
-from harness.schema import Config, resolve
+from harness.evidence import provenance, tracking
+from harness.schema import Config, ConfigError, resolve
 from sparse import experts
 from sparse.budget import FfnBudget, ReuseBudget
 from sparse.ops.decoder_layer import native
@@ -101,6 +101,56 @@ def test_a_finished_run_is_taken_from_the_store(
     _, again, _ = stored(config)
     assert [row["output_ids"] for row in again] == [row["output_ids"] for row in records]
     assert (folder / "records.jsonl").stat().st_mtime_ns > before
+
+
+class LostConnection:
+    """A W&B run that takes nothing."""
+
+    dir = "nowhere/files"
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError("connection lost")
+
+
+def test_a_run_outlives_its_tracker(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking.WandbTracker, "_open", lambda *_, **__: LostConnection())
+    config = configured("task.limit=1", "track=wandb")
+    assert runner.run(config) is not None
+    told = capsys.readouterr()
+    assert stored(config)[0]["status"] == json.loads(told.out.splitlines()[-1])["status"] == "ok"
+    assert "W&B did not take the end of the run (connection lost); the run goes on" in told.err
+
+
+def test_a_summary_is_stored_before_the_tracker_ends(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(self: Any, summary: Any, records: Any = ()) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking.NullTracker, "finish", impatient)
+    config = configured("task.limit=1")
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(config)
+    assert stored(config)[0]["status"] == "ok"
+
+
+def test_a_missing_login_ends_before_the_old_run_is_lost(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(configured("task.limit=1"))
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise tracking.TrackingError("W&B cannot start (no login); choose track=none")
+
+    monkeypatch.setattr(tracking.WandbTracker, "_open", refused)
+    monkeypatch.setattr(build, "load", refused)
+    again = configured("task.limit=1", "track=wandb", "rerun=true")
+    with pytest.raises(ConfigError, match="track=wandb: W&B cannot start"):
+        runner.run(again)
+    summary, records, _ = stored(again)
+    assert summary["status"] == "ok" and len(records) == 3
 
 
 def test_other_sources_make_a_stored_run_stale(

@@ -114,6 +114,12 @@ def test_the_name_is_that_of_the_experiment_or_the_tasks(compose: Compose, tmp_p
     assert {sweep.name for sweep in sweeps.load_sweeps(tmp_path / "results")} == {"xsum-squad", "smoke"}
 
 
+@pytest.mark.usefixtures("told")
+def test_a_dry_run_leaves_no_manifest(compose: Compose) -> None:
+    begin(compose, ["attn.topk=8", "dry_run=true"], ["attn.topk=9", "dry_run=true"])
+    assert cli.sweep_name() is None and sweeping.finish(0) == 0 and not list(Path().rglob("*.json"))
+
+
 def test_a_held_member_is_left_to_its_process_and_a_held_run_is_bad_input(
     compose: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""Parts of the report page; `scripts.report` writes it."""
