@@ -90,12 +90,6 @@ def run(config: Config, number: int | None) -> float | None:
     return objective
 
 
-def sweep_name() -> str | None:
-    """Name and id of the sweep that this process runs a member of, W&B's group by default; None outside of one."""
-    sweep = sweeping.current()
-    return None if sweep is None else sweep.title
-
-
 def checked(raw: Any) -> Config:
     """The configuration of a composed mapping, with a results folder that can be written; raises ConfigError."""
     config = resolve(raw)
