@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,10 +34,16 @@ def resolve_device(wanted: str) -> torch.device:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 matrices natively (AVX-512 BF16 or AMX on a CPU, Ampere or later)."""
+    """Whether ``device`` multiplies bfloat16 matrices natively (AVX-512 BF16 or AMX on a CPU, Ampere or later).
+
+    oneDNN says yes on x86 processors that only emulate it, several times slower than float32.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch._C._has_mkldnn else False
+    if not torch._C._has_mkldnn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    told = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return platform.machine().lower() not in ("x86_64", "amd64") or any(ask is not None and ask() for ask in told)
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
