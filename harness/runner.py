@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harness import build, console, exclusive, roofline
+from harness import build, console, exclusive, roofline, sweeping
 from harness.build import Engine, Plan
 from harness.engine.analysis import SelectionAnalysis
 from harness.engine.decoding import Decoded, Prefix
@@ -22,6 +21,7 @@ from harness.engine.drafting.base import NoDrafter
 from harness.engine.fidelity import compare, forced, log_probability
 from harness.estimate import foresee
 from harness.evidence import Record, RunStore, StoreError, build_summary, last_line, provenance, rows, tracking
+from harness.evidence.store import RunLocked
 from harness.schema import Config, ConfigError, WandbOffline
 from harness.timing import OtherLoad
 from sparse.budget import Sparsity
@@ -59,6 +59,7 @@ def run(config: Config, member: str = "", *, watch: Watch | None = None) -> floa
 
     Raises:
         ConfigError, tasks.base.TaskError: bad input, found before any compute and before anything is stored.
+        RunLocked: another process is working on the same configuration.
         RunFailed: the run broke or its measurements must not be believed; it is stored as such.
     """
     plain = build.resolved(config)
@@ -71,6 +72,8 @@ def run(config: Config, member: str = "", *, watch: Watch | None = None) -> floa
             summary = _summary(config, plain, store, facts, member, watch)
             console.show(summary)
             rows.write_overview(config.results_dir, sources=facts["sources"])
+    except RunLocked:
+        raise
     except StoreError as error:
         raise ConfigError(f"results_dir={config.results_dir}: {error}") from error
     print(last_line(summary), flush=True)
@@ -85,7 +88,7 @@ def _provenance(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
     """Where a run that starts now comes from."""
     threads = build.thread_count(config)
     device = roofline.device_text(torch.device(plain["model"]["device"]), threads)
-    return provenance.collect(ROOT, argv=sys.argv, device=device, threads=threads, experiment=_group(config))
+    return provenance.collect(ROOT, argv=sweeping.command(), device=device, threads=threads, experiment=_group(config))
 
 
 def _summary(

@@ -31,9 +31,8 @@ LEGEND = (
     "per token; flips: steps whose draft would be accepted to another length. AL: new tokens per verification. Step: "
     "median milliseconds. Byte limit: bytes of a sparse step over bytes of a dense one, the least that the time ratio "
     "could be. Realised: share of the saved bytes that shows in step time; a dash where less than 1% is saved or the "
-    "run is simulated. Select: mean milliseconds of a sparse step spent on choosing blocks. log p: mean "
-    "log-probability of the reference answer, nats per token, sparse less dense. detects: the smallest true difference "
-    "that would have been found with 80% power."
+    "run is simulated. Select: mean milliseconds of a sparse step spent on choosing blocks. detects: the "
+    "smallest true difference that would have been found with 80% power."
 )
 _DENSITIES = {"attention": "attn", "ffn": "ffn", "experts": "experts"}
 
@@ -69,7 +68,6 @@ _ACCEPTED = Column(
     "AL dense\n\u2192 sparse", lambda row: change(row.acceptance_length("dense"), row.acceptance_length("sparse"))
 )
 _QUALITY = Column("quality\ndifference", lambda row: difference(row.delta))
-_REFERENCE = Column("log p\ndifference", lambda row: difference(row.reference_delta, 3), optional=True)
 
 FULL = (
     Column("task", lambda row: row.task, right=False),
@@ -82,15 +80,19 @@ FULL = (
     *_TIMES,
     Column("select\nms", lambda row: number(_select(row))),
     _QUALITY,
-    _REFERENCE,
     Column("mark", lambda row: "\n".join(row.marks), right=False, optional=True),
 )
 COMPACT = (
-    Column("task\nsetting", lambda row: lines(row.task, row.setting, *row.marks), right=False),
-    Column("density", _densities, right=False),
+    Column(
+        "task\nsetting\ndensity", lambda row: lines(row.task, row.setting, *row.marks, _densities(row)), right=False
+    ),
     Column("agreement\n%, KL", lambda row: lines(_agreement(row), number(row.kl, 4))),
     _ACCEPTED,
-    *_TIMES,
+    _TIMES[0],
+    Column(
+        "step time\nbyte limit\nrealised",
+        lambda row: lines(number(row.time_ratio), number(row.byte_ratio), percent(row.realised, 0)),
+    ),
     _QUALITY,
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
+from unicodedata import category, normalize
 
 from harness.evidence.labels import TIMES
 from harness.evidence.rows import Difference, Estimate, Row
@@ -208,8 +209,15 @@ def markdown(grid: Grid) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    """Text that LaTeX prints as it stands, in ASCII: a letter that has none is told by its base, or else as ?."""
+    return "".join(_LATEX.get(letter) or _ascii(letter) for letter in text)
+
+
+def _ascii(letter: str) -> str:
+    if letter.isspace():
+        return " "
+    plain = "".join(_LATEX.get(part, part) for part in normalize("NFKD", letter) if " " <= part <= "~")
+    return plain or ("" if category(letter) in ("Mn", "Cf") else "?")
 
 
 def latex(grid: Grid, notes: Sequence[str] = ()) -> str:
@@ -237,7 +245,7 @@ def _latex_table(grid: Grid, shown: range, caption: str, notes: Sequence[str]) -
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            _latex_line(grid, grid.header),
+            _latex_line(grid, grid.header, "b"),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -249,14 +257,13 @@ def _latex_table(grid: Grid, shown: range, caption: str, notes: Sequence[str]) -
     )
 
 
-def _latex_line(grid: Grid, cells: Sequence[str]) -> str:
-    return " & ".join(_latex_cell(cell, right=index in grid.right) for index, cell in enumerate(cells)) + r" \\"
+def _latex_line(grid: Grid, cells: Sequence[str], place: str = "t") -> str:
+    return " & ".join(_latex_cell(cell, index in grid.right, place) for index, cell in enumerate(cells)) + r" \\"
 
 
-def _latex_cell(cell: str, *, right: bool) -> str:
+def _latex_cell(cell: str, right: bool, place: str) -> str:
     """Lines stacked; a leading bracket is wrapped, as it would be read as an option of the line end before it."""
     parts = [escape(part) for part in cell.split("\n")]
     parts = [f"{{{part}}}" if part.startswith("[") else part for part in parts]
-    side = "r" if right else "l"
-    stacked = r"\\".join(parts)
-    return stacked if len(parts) == 1 else rf"\shortstack[{side}]{{{stacked}}}"
+    stacked, side = r"\\".join(parts), "r" if right else "l"
+    return stacked if len(parts) == 1 else rf"\begin{{tabular}}[{place}]{{@{{}}{side}@{{}}}}{stacked}\end{{tabular}}"

@@ -16,9 +16,9 @@ LEGEND = (
     "Each setting with several sparse axes, and below it each of them alone with the same values and everything else "
     "equal; blocks taken over from anchor layers need block selection, so they stand with attention. A dash was not "
     "measured. Density: what a sparse step reads of what a dense one reads. Agreement: tokens of the dense output for "
-    "which the sparse step's most probable token is the same. log p: mean log-probability of the reference answer, nats "
-    "per token. Step: median time of a sparse step over that of a dense one, in brackets the least that its bytes allow. "
-    "Differences are sparse less dense; detects: the smallest true difference that would have been found."
+    "which the sparse step's most probable token is the same. log p: mean log-probability of the reference answer, in "
+    "nats per token. Step: median time of a sparse step over that of a dense one, in brackets the least that its bytes "
+    "allow. Differences are sparse less dense; detects: the smallest true difference that would have been found."
 )
 NAMES = {"attention": "attention", "ffn": "FFN", "experts": "experts", "reuse": "reuse"}
 _APART = (*GROUPS.values(), "calibration", "file_hashes")

@@ -14,23 +14,54 @@ from scripts import common
 from scripts.figures.acceptance import acceptance
 from scripts.figures.axis_curves import axes
 from scripts.figures.components import components
+from scripts.figures.context import context
+from scripts.figures.lengths import acceptance_density
+from scripts.figures.pareto import pareto
 from scripts.figures.selections import overlap, recall, similarity
+from scripts.figures.split import split
 from scripts.figures.style import COLOURS, MARKERS, STYLE
 from scripts.figures.tradeoff import kept_tokens, tradeoff
 
-__all__ = ["COLOURS", "FIGURES", "MARKERS", "STYLE", "main", "write"]
+__all__ = ["CAPTIONS", "COLOURS", "FIGURES", "MARKERS", "STYLE", "main", "write"]
 
 FIGURES = {
+    "pareto": pareto,
     "tradeoff": tradeoff,
     "kept_tokens": kept_tokens,
+    "context": context,
+    "acceptance_density": acceptance_density,
+    "split": split,
+    "components": components,
+    "acceptance": acceptance,
+    "axes": axes,
     "overlap": overlap,
     "similarity": similarity,
     "recall": recall,
-    "axes": axes,
-    "components": components,
-    "acceptance": acceptance,
 }
 """File name -> what draws it from the rows, or returns None where they hold nothing to draw."""
+
+CAPTIONS = {
+    "pareto": "Decoding speed-up against each kind of loss, a point for each setting with 95% intervals; the numbered "
+    "settings on the staircase are those that no other beats in both, and the band is the noise floor, what dense "
+    "verification itself differs from AR.",
+    "tradeoff": "Decoding speed-up over AR against the quality difference to dense verification, with 95% intervals.",
+    "kept_tokens": "Speed-up over dense verification and quality against the context tokens kept per KV head; dotted "
+    "is the limit by bytes read.",
+    "context": "Speed-up over dense verification and over AR against the length of the prompt, for settings that were "
+    "measured at several lengths; dotted is the limit by bytes read, dashed dense verification.",
+    "acceptance_density": "Acceptance length of sparse verification against the share of the work it does, axis by "
+    "axis; dashed is dense verification of the same runs.",
+    "split": "The speed-up over dense verification (diamond) as the product of tokens per step and steps per second, "
+    "on a logarithmic scale, with 95% intervals.",
+    "components": "Where the time of the mean step goes, dense above sparse.",
+    "acceptance": "Acceptance length of dense and sparse verification, and the share of steps by their new tokens.",
+    "axes": "Agreement, KL, acceptance length, step time and quality against density, a column for each axis of "
+    "sparsity and one for several together.",
+    "overlap": "Share of the selected blocks that two draft tokens have in common, by layer and distance.",
+    "similarity": "Jaccard similarity of the blocks that every two layers select.",
+    "recall": "Share of the attention mass that the selected blocks hold, by layer, beside that of the best blocks.",
+}
+"""File name -> one sentence that says what the figure shows, for pages that hold it."""
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -45,9 +76,12 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
         figure = draw(rows)
         if figure is None:
             continue
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for every file
         for suffix, options in (("png", {"dpi": 160}), ("pdf", {"metadata": {"CreationDate": None}})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, bbox_inches="tight", **options)
+            with plt.rc_context(STYLE):
+                figure.savefig(buffer, format=suffix, bbox_inches="tight", **options)
             written.append(_replace(folder / f"{name}.{suffix}", buffer.getvalue()))
         plt.close(figure)
     return written

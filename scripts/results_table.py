@@ -21,14 +21,15 @@ LEGEND = (
     "limit: the most sparse/dense could be, bytes of a dense step over bytes of a sparse step. "
     "of peak: least time of a step on this machine's measured peaks over its time, dense above sparse; c where "
     "arithmetic sets that limit instead of memory traffic. "
-    "AL: new tokens per verification of the sparse arm. Differences are sparse less dense, paired by example; detects: "
-    "the smallest true difference that this many examples show with 80% power. "
+    "AL: new tokens per verification of the sparse arm. Differences are sparse less dense, paired by example, with "
+    "intervals that are at least those of Student's t; detects: the smallest true difference that this many examples "
+    "show with 80% power. "
     "log p: mean log-probability of the reference answer, nats per token. floor: dense less AR, what rounding alone "
     "changes. "
     "same: outputs identical to dense and median token where they part; in brackets the noise floor, dense against AR. "
-    f"Verdict, of quality and of log p: loss; no loss above a margin of {inference.MARGINS['quality']:g} points or "
-    f"{inference.MARGINS['reference']:g} nats, for which a larger one was excluded; each at 5%, corrected (Holm) over "
-    "the settings of a task, model and machine; else undecided, whatever the difference."
+    f"Verdict: loss; no loss > {inference.MARGINS['quality']:g} point, or {inference.MARGINS['reference']:g} nats of "
+    "log p, where so large a loss was excluded by a test of its own (non-inferiority); both at 5%, corrected (Holm) "
+    "over the settings of a task, model and machine; undecided otherwise, whatever the difference."
 )
 Verdicts = Mapping[Quantity, Mapping[str, Verdict]]
 
@@ -47,6 +48,9 @@ _SETTING = Column("setting", lambda row: lines(row.setting, _kept(row)), right=F
 _RUN = Column("task\nsetting", lambda row: lines(row.task, row.setting, *row.marks), right=False)
 _COUNT = Column("n", lambda row: str(row.examples))
 _MARK = Column("mark", lambda row: "\n".join(row.marks), right=False, optional=True)
+_POINTS = Column(
+    f"quality\ndense\n{ARROW} sparse", lambda row: cells.quality(row).replace(f" {ARROW}", f"\n{ARROW}"), right=False
+)
 _DIFFERENCE = Column("quality\ndifference", lambda row: cells.difference(row.delta))
 
 _SPEEDS = (
@@ -80,10 +84,10 @@ def _qualities(told: Verdicts) -> tuple[Column, ...]:
         _DATA,
         _SETTING,
         _COUNT,
-        Column(f"quality\ndense {ARROW} sparse", cells.quality, right=False),
+        _POINTS,
         _DIFFERENCE,
         Column("its floor", lambda row: cells.estimate(row.floor, 1, sign=True)),
-        Column(f"log p\ndense {ARROW} sparse", _log_probability, optional=True),
+        Column(f"log p\ndense\n{ARROW} sparse", _log_probability, optional=True),
         Column("log p\ndifference", lambda row: cells.difference(row.reference_delta, 3), optional=True),
         Column("its floor\n(log p)", lambda row: cells.estimate(row.reference_floor, 3, sign=True), optional=True),
         Column("same\n(floor)", cells.same, right=False),
@@ -95,7 +99,7 @@ def _qualities(told: Verdicts) -> tuple[Column, ...]:
 def _qualities_compact(told: Verdicts) -> tuple[Column, ...]:
     return (
         _RUN,
-        Column("quality\n(points)", lambda row: cells.quality(row).replace(" ", "\n"), right=False),
+        _POINTS,
         Column("difference\nand floor", lambda row: _with_floor(row, "quality")),
         Column("log p\ndifference\nand floor", lambda row: _with_floor(row, "reference"), optional=True),
         _verdict(told),

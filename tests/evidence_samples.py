@@ -223,6 +223,7 @@ def stored_run(
     prompt: int = 1000,
     traces: bool = True,
     histograms: Sequence[Mapping[str, tuple[int, ...]]] = (),
+    exclusive: bool = True,
     **changes: Any,
 ) -> RunStore:
     """Write one whole run folder and return its closed store; without `traces` as runs were before there were any.
@@ -249,6 +250,7 @@ def stored_run(
             reason=reason,
             required_paths=required,
             resamples=400,
+            exclusive=exclusive,
         )
         if not traces:
             _forget(summary)

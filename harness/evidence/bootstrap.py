@@ -48,10 +48,11 @@ def interval(
 
     BCa after Efron (1987), the acceleration from the jackknife over clusters. A bootstrap of n clusters is too narrow
     by about sqrt((n - 1) / n) and by normal instead of t quantiles; the nominal tails are widened for that, as
-    Hesterberg (2015, "What teachers should know about the bootstrap") does for percentile intervals.
+    Hesterberg (2015, "What teachers should know about the bootstrap") does for percentile intervals, with n the
+    `effective` number of clusters.
 
     Args:
-        totals: [clusters, columns].
+        totals: [clusters, columns], the last of them a cluster's weight: a count, tokens or seconds.
         statistic: maps [..., columns] to [...].
     Returns:
         (low, high), or None with fewer than two clusters or where the statistic is undefined.
@@ -63,10 +64,19 @@ def interval(
     draws = _resampled(totals, statistic, resamples, seed)
     if not np.isfinite(observed) or len(draws) < resamples // 2:
         return None
-    low, high = _tails(level, count)
+    low, high = _tails(level, effective(totals[:, -1]))
     corrected = _bca_tails(totals, statistic, observed, draws, low, high)
     bounds = np.quantile(draws, corrected if corrected is not None else (low, high))
     return float(bounds[0]), float(bounds[1])
+
+
+def effective(weights: Floats) -> int:
+    """How many clusters of equal weight are worth as much as these, at least 2: (sum w)^2 / sum w^2, rounded.
+
+    After Carter, Schnepel and Steigerwald (2017): a few large clusters among many small ones are few clusters.
+    """
+    squares = float(np.sum(weights**2))
+    return max(2, round(float(weights.sum()) ** 2 / squares)) if squares > 0 else len(weights)
 
 
 def _resampled(totals: Floats, statistic: Statistic, resamples: int, seed: int) -> Floats:

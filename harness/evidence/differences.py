@@ -77,7 +77,7 @@ def quality_delta(
     """
     pairs = list(zip(rows, base, strict=True)) if rows and base else []
     columns = [[a.grade[metric] - b.grade[metric], 1.0] for a, b in pairs]
-    return _difference(columns, [a.group for a, _ in pairs], resamples, seed, bounded=True)
+    return difference(columns, [a.group for a, _ in pairs], resamples=resamples, seed=seed, bounded=True)
 
 
 def reference_block(rows: Sequence[Record]) -> dict[str, float] | None:
@@ -101,27 +101,38 @@ def reference_delta(
         if a.reference["tokens"] != b.reference["tokens"]:
             raise ValueError(f"example {a.example_id!r}: {a.arm} and {b.arm} scored references of different lengths")
     columns = [[a.reference["logprob"] - b.reference["logprob"], a.reference["tokens"]] for a, b in pairs]
-    return _difference(columns, [a.group for a, _ in pairs], resamples, seed, bounded=False)
+    return difference(columns, [a.group for a, _ in pairs], resamples=resamples, seed=seed, bounded=False)
 
 
-def _difference(
-    columns: Sequence[Sequence[float]], groups: list[str], resamples: int, seed: int, *, bounded: bool
+def difference(
+    columns: Sequence[Sequence[float]],
+    clusters: list[str],
+    *,
+    bounded: bool,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """A mapping of KEYS; columns are [examples, 2]: summed difference and its weight."""
+    """A mapping of KEYS from paired examples; nulls without any.
+
+    Args:
+        columns: [examples, 2], the summed difference of an example and its weight: 1, or its tokens.
+        clusters: the name of each example's cluster.
+        bounded: whether it is in points, which change by 100 at most.
+    """
     if not columns:
         return dict.fromkeys(KEYS)
     table = np.array([[*row, abs(row[0]) > _SAME] for row in columns], dtype=np.float64)
-    totals = bootstrap.cluster_totals(table, groups)
+    totals = bootstrap.cluster_totals(table, clusters)
     value = float(bootstrap.mean_difference(totals.sum(axis=0)))
-    bounds = bootstrap.interval(totals, bootstrap.mean_difference, resamples=resamples, seed=seed)
-    se, clusters, changed = bootstrap.standard_error(totals), len(totals), int(np.sum(totals[:, 2] > 0))
+    bounds = bootstrap.interval(totals[:, :2], bootstrap.mean_difference, resamples=resamples, seed=seed)
+    se, count, changed = bootstrap.standard_error(totals), len(totals), int(np.sum(totals[:, 2] > 0))
     return {
         "delta": value,
-        "ci95": _widened(value, bounds, se, clusters),
+        "ci95": _widened(value, bounds, se, bootstrap.effective(totals[:, 1])),
         "se": se,
-        "clusters": clusters,
+        "clusters": count,
         "changed": changed,
-        "mdd": detectable(se, clusters, changed, bounded=bounded),
+        "mdd": detectable(se, count, changed, bounded=bounded),
     }
 
 

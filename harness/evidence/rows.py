@@ -24,7 +24,7 @@ from harness.evidence.labels import (
     setting_labels,
     task_label,
 )
-from harness.evidence.store import StoredRun, folder_lock, load_runs, write_table
+from harness.evidence.store import StoredRun, folder_lock, load_runs, remove_leftovers, write_table
 
 COUNTED = ("ok", "partial")
 TAKEN_OVER = ("reuse.anchor", "reuse.skip_retrieval")
@@ -330,6 +330,7 @@ def write_overview(results_dir: Path | str, *, sources: str) -> Path:
     folder = Path(results_dir)
     with folder_lock(folder / "runs", ".summary.lock"):
         file = folder / "summary.csv"
+        remove_leftovers(folder, file.name)
         write_table(file, [_overview(row) for row in collect(folder, sources=sources)])
     return file
 
@@ -363,10 +364,11 @@ def _overview(row: Row) -> dict[str, Any]:
     for arm in ("ar", "dense", "sparse"):
         flat[f"{arm}_tokens_per_second"] = row.tokens_per_second.get(arm)
         flat[f"{arm}_quality"] = row.quality.get(arm)
-    for name in ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense", "delta"):
+    for name in ("dense_vs_ar", "sparse_vs_ar", "sparse_vs_dense", "delta", "reference_delta"):
         estimate: Estimate = getattr(row, name)
         low, high = estimate.ci or (None, None)
         flat |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+    flat |= {"delta_mdd": row.delta.mdd, "reference_delta_mdd": row.reference_delta.mdd, "exclusive": row.exclusive}
     flat["limit_sparse_vs_dense"] = row.limit
     for arm in ("ar", "dense", "sparse"):
         flat[f"{arm}_roofline_fraction"], flat[f"{arm}_roofline_bound"] = row.roofline(arm), row.bound(arm)

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ __all__ = ["RunLocked", "RunStore", "StoreError", "StoredRun", "fingerprint", "l
 
 FINGERPRINT_VERSION = 1
 NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memory_gb", "dry_run")
+_TEMPORARY = ".tmp"
+_PATIENCE, _PAUSE = 10, 0.05
+"""How often, and after how many seconds, a held run is tried again: who only looks at a lock holds it for a moment."""
 State = Literal["new", "finished", "interrupted", "stale", "failed"]
 Action = Literal["reuse", "resume", "start"]
 
@@ -91,14 +95,13 @@ class RunStore:
     def __enter__(self) -> RunStore:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / "lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _taken(lock):
             lock.close()
             raise RunLocked(
                 f"run {self.fingerprint} is in use by another process; wait for it or choose another results_dir"
-            ) from None
+            )
         self._lock = lock
+        remove_leftovers(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,15 +116,7 @@ class RunStore:
         `finished` covers the statuses ok and invalid; `partial` and a missing summary are `interrupted`; anything that
         other sources made is `stale`.
         """
-        summary, provenance = self.summary(), read_json(self.path / "provenance.json")
-        if provenance is None:
-            return "new"
-        if provenance.get("sources") != sources:
-            return "stale"
-        status = (summary or {}).get("status")
-        if status == "failed":
-            return "failed"
-        return "finished" if status in ("ok", "invalid") else "interrupted"
+        return state_of(self.path, sources)
 
     def reusable(self, sources: str, *, rerun: bool = False, stale: str = "rerun") -> bool:
         """Whether `begin` would take the stored run as it is; changes nothing."""
@@ -143,6 +138,9 @@ class RunStore:
         state, stored = self.state(sources), read_json(self.path / "provenance.json") or {}
         same_machine = all(stored.get(key) == provenance.get(key) for key in ("device", "threads"))
         resume = state in ("interrupted", "failed") and same_machine
+        if not resume:
+            # The provenance goes first: without it the folder counts as new, wherever a kill cuts this short.
+            (self.path / "provenance.json").unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         if not resume:
             (self.path / "records.jsonl").unlink(missing_ok=True)
@@ -238,6 +236,48 @@ def _lines(content: bytes) -> Iterator[tuple[bytes, int]]:
         start = stop + 1
 
 
+def _taken(lock: IO[str]) -> bool:
+    """Whether this process holds the lock now; tries for half a second."""
+    for attempt in range(_PATIENCE):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(_PAUSE if attempt < _PATIENCE - 1 else 0)
+    return False
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works on the run in this folder; creates nothing."""
+    try:
+        with (folder / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def state_of(folder: Path, sources: str) -> State:
+    """`RunStore.state` of the run in this folder."""
+    summary, provenance = read_json(folder / "summary.json"), read_json(folder / "provenance.json")
+    if provenance is None:
+        return "new"
+    if provenance.get("sources") != sources:
+        return "stale"
+    status = (summary or {}).get("status")
+    if status == "failed":
+        return "failed"
+    return "finished" if status in ("ok", "invalid") else "interrupted"
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed writers of `name`, or of any file, left in `folder`; call it under the lock of its writers."""
+    for file in folder.glob(f".{name}*{_TEMPORARY}"):
+        file.unlink(missing_ok=True)
+
+
 def load_runs(results_dir: Path | str) -> list[StoredRun]:
     """Every run below `results_dir`, oldest first; folders without a configuration or provenance are passed over.
 
@@ -278,7 +318,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 def write_text(file: Path, text: str) -> None:
     """Write through a temporary file in the same folder and a rename, both flushed to disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)

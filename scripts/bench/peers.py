@@ -156,7 +156,7 @@ def configuration(options: argparse.Namespace) -> schema.Config:
     raw = {**top, **{group: _yaml(_CONF / group / f"{choice}.yaml") for group, choice in groups.items()}}
     for group, values in changes.items():
         raw[group] = _merged(raw[group], values)
-    return schema.resolve({**raw, "arms": ["ar", "dense", "sparse"], "analysis": False})
+    return schema.resolve({**raw, "arms": ["ar", "dense", "sparse"], "analysis": "none"})
 
 
 def _yaml(file: Path) -> dict[str, Any]:

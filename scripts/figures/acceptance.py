@@ -6,9 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from harness.evidence.labels import NO_DRAFTS
 from harness.evidence.rows import Row
 from scripts.draft_table import ARMS, cautions, compared, shares
-from scripts.figures.style import COLOURS, GREY, NOTE_LINE, NOTE_SIZE, notes, styled
+from scripts.figures.style import COLOURS, GREY, Place, by_place, left_out, notes, styled, telling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,9 @@ SHADES = ("#ffffd9", "#d6efb3", "#8cd1bb", "#41a6c2", "#2263a8", "#0c2350")
 _MARKS = {"dense": (COLOURS[0], "o", -0.19), "sparse": (COLOURS[1], "s", 0.19)}
 _LABEL_WIDTH = 30
 _TICK: Any = {"marker": "|", "markersize": 11, "markeredgewidth": 1.8, "linestyle": "none"}
+_NUMBER = 0.16
+"""Room for the number right of the longest, as a share of the range."""
+
 _LEAST_TOLD = 0.085
 _DARK = 5
 
@@ -32,9 +38,10 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
     """Acceptance length of each drafter on the left, its histogram as stacked shares on the right (METHOD section 8).
 
     A pair of panels for each task, model and device; dense above sparse. Vertical ticks are the mean of the requests'
-    own means. None where there are no drafters to compare.
+    own means. Where there is one drafter, its settings are shown instead. Of many runs the most telling ones. None
+    without a run with drafts.
     """
-    grouped = compared(rows)
+    grouped, missing = telling(_grouped(rows), lambda row: row.acceptance)
     if not grouped:
         return None
     import matplotlib.pyplot as plt
@@ -56,12 +63,27 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
         task, data, model, device = place
         left.set_title(f"{task} ({data}), n={min(row.examples for row in members)}\n{model} on {device}", loc="left")
     grid[-1, 0].set_xlabel("acceptance length: new tokens per step")
-    grid[-1, 0].set_xlim(left=min([1.0, *(min(line.get_xdata()) for axis in grid[:, 0] for line in axis.lines)]))
+    low, high = _range(grid[:, 0])
+    grid[-1, 0].set_xlim(low, high + _NUMBER * (high - low))
     grid[-1, 1].set_xlabel("share of steps by their new tokens, %")
     grid[-1, 1].set_xlim(0, 100)
-    _notes(figure, [row for members in grouped.values() for row in members])
+    shown = [row for members in grouped.values() for row in members]
+    notes(figure, shown, [*cautions(shown), *left_out(missing)])
     _legends(figure)
     return figure
+
+
+def _range(axes: Sequence[Axes]) -> tuple[float, float]:
+    """The lengths that are shown, from 1 on at most."""
+    found: list[float] = [x for axis in axes for line in axis.lines for x in np.asarray(line.get_xdata()).tolist()]
+    return min([1.0, *found]), max([1.5, *found])
+
+
+def _grouped(rows: Sequence[Row]) -> dict[Place, list[Row]]:
+    """Drafters where several are compared, else the settings of the one there is."""
+    found = compared(rows)
+    usable = [row for row in rows if row.drafting.drafter != NO_DRAFTS and all(row.histogram(arm) for arm in ARMS)]
+    return by_place(usable) | found
 
 
 def _lengths(axis: Axes, row: Row, arm: str, index: int) -> None:
@@ -131,13 +153,3 @@ def _legends(figure: Figure) -> None:
     shades = [Patch(facecolor=shade, edgecolor=GREY, label=name) for shade, name in zip(SHADES, names, strict=True)]
     figure.legend(handles=arms, loc="outside upper left", ncols=len(arms), columnspacing=1.2, handletextpad=0.3)
     figure.legend(handles=shades, loc="outside upper right", ncols=LAST, columnspacing=1.2, handlelength=1.4)
-
-
-def _notes(figure: Figure, shown: Sequence[Row]) -> None:
-    """What carved, simulated and forced runs do not say, below the panels; the figure grows by these lines."""
-    notes(figure, shown)
-    lines = [line for note in cautions(shown) for line in textwrap.wrap(note, int(13 * figure.get_figwidth()))]
-    if lines:
-        figure.set_figheight(figure.get_figheight() + NOTE_LINE * len(lines))
-        before = [figure.get_supxlabel()] if figure.get_supxlabel() else []
-        figure.supxlabel("\n".join([*before, *lines]), fontsize=NOTE_SIZE, x=0.02, ha="left")

@@ -153,7 +153,7 @@ def axes(rows: Sequence[Row]) -> Figure | None:
                 colour = COLOURS[places.index(curve.place) % len(COLOURS)]
                 _draw(axis, curve, name, colour, MARKERS[variants.index(curve.variant) % len(MARKERS)])
         grid[0, index].set_title(column, loc="left", fontweight="bold")
-        _x_axis(grid[-1, index], column, own)
+        density_scale(grid[-1, index], column, own)
         _variants(grid[-1, index], variants)
     for axis, name in zip(grid[:, 0], up, strict=True):
         axis.set_ylabel(name)
@@ -191,8 +191,8 @@ def _draw(axis: Axes, curve: Curve, name: str, colour: str, marker: str) -> None
         axis.axhline(1.0 if name == _TIME else 0.0, color=GREY, linestyle="--", linewidth=1)
 
 
-def _x_axis(axis: Axes, column: str, own: Sequence[Curve]) -> None:
-    """Its label; a logarithmic scale with plain numbers where budgets span a wide range."""
+def density_scale(axis: Axes, column: str, own: Sequence[Curve]) -> None:
+    """Label the x axis of a column of ACROSS; logarithmic with plain numbers where budgets span a wide range."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel(ACROSS[column][0])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.evidence.rows import Row
-from scripts.figures.style import by_place, legend_columns, notes, styled
+from scripts.figures.style import by_place, left_out, legend_columns, named, notes, styled, telling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,9 +47,9 @@ def is_timed(row: Row) -> bool:
 def components(rows: Sequence[Row]) -> Figure | None:
     """Stacked component times of the mean step, a dense and a sparse bar per run; a panel per task, model and machine.
 
-    None where no run was timed by component.
+    Of many runs the most telling ones. None where no run was timed by component.
     """
-    grouped = by_place([row for row in rows if is_timed(row)])
+    grouped, missing = telling(by_place([row for row in rows if is_timed(row)]), _saving)
     if not grouped:
         return None
     import matplotlib.pyplot as plt
@@ -68,8 +68,14 @@ def components(rows: Sequence[Row]) -> Figure | None:
     seen = {name for row in shown for arm in ARMS for name in parts_of(row, arm)}
     handles = [Patch(color=colour, label=name) for name, colour in PARTS.items() if name in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(figure, handles))
-    notes(figure, shown)
+    notes(figure, shown, left_out(missing))
     return figure
+
+
+def _saving(row: Row) -> float | None:
+    """How much shorter the sparse step is."""
+    dense, sparse = (row.mean_step_ms(arm) for arm in ARMS)
+    return dense / sparse if dense and sparse else None
 
 
 def _bars(axis: Axes, members: Sequence[Row]) -> None:
@@ -84,7 +90,7 @@ def _bars(axis: Axes, members: Sequence[Row]) -> None:
             axis.annotate(
                 text, (left, index + offset), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
             )
-    axis.set_yticks(range(len(members)), [textwrap.fill(row.setting, 48) for row in members], fontsize=9)
+    axis.set_yticks(range(len(members)), [textwrap.fill(named(row), 44) for row in members], fontsize=9)
     axis.set_ylim(len(members) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.14)

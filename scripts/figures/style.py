@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from harness.evidence.labels import identity
+from harness.evidence.labels import SIMULATED, identity
 from harness.evidence.rows import Estimate, Row
 from scripts.cells import CARVED, SIMULATED_NOTE
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
+PALE = "#b0b0b0"
 COLUMNS = 3
+MOST_RUNS = 16
+"""Runs that a figure with a line for each of them shows at most."""
+
+MOST_NAMED = 8
 NOTE_SIZE = 8.5
 NOTE_LINE = 0.15
 """Height of a line of notes in inches."""
@@ -102,7 +107,7 @@ def mark(index: int) -> tuple[str, str]:
 
 
 def series_of(rows: Sequence[Row], keys: Collection[str], place: Callable[[Row], float | None]) -> list[list[Row]]:
-    """Lines of a figure: rows of one place whose configurations differ in ``keys`` alone, ordered by ``place``.
+    """Lines of a figure: rows of one model and device whose configurations differ in ``keys`` alone, by ``place``.
 
     Only lines of at least two places; of two runs of one setting the one of the present sources, then the later.
     """
@@ -110,7 +115,7 @@ def series_of(rows: Sequence[Row], keys: Collection[str], place: Callable[[Row],
     for row in sorted(rows, key=lambda row: (not row.stale, row.start)):
         where = place(row)
         if row.counted and where is not None:
-            home = (row.task, row.data, row.model, row.device, identity(row.config, keys))
+            home = (row.model, row.device, identity(row.config, keys))
             lines.setdefault(home, {})[where] = row
     return [[line[where] for where in sorted(line)] for line in lines.values() if len(line) > 1]
 
@@ -158,10 +163,62 @@ def _rank(row: Row) -> tuple[bool, float, bool, int]:
     return row.stale, -(row.prompt_tokens or 0.0), row.simulated, len(row.axes)
 
 
-def notes(figure: Figure, rows: Sequence[Row]) -> None:
-    """Below the panels: what carved and simulated runs among `rows` do not say; the figure grows by these lines."""
+def telling(
+    grouped: Mapping[Place, Sequence[Row]], worth: Callable[[Row], float | None]
+) -> tuple[dict[Place, list[Row]], list[Row]]:
+    """At most MOST_RUNS runs of all places together (two of each place at least), and the ones that are left out.
+
+    Runs of the present sources before stale ones and measured before simulated; of each combination of axes in turn
+    the run of the most `worth`, of the least, of the second most and so on. The order of the rows is kept.
+    """
+    sizes = [len(members) for members in grouped.values()]
+    each = max(
+        (most for most in range(2, MOST_RUNS + 1) if sum(min(size, most) for size in sizes) <= MOST_RUNS), default=2
+    )
+    shown: dict[Place, list[Row]] = {}
+    missing: list[Row] = []
+    for place, members in grouped.items():
+        chosen = _by_turns(members, worth)[:each]
+        shown[place] = [row for row in members if any(row is one for one in chosen)]
+        missing += [row for row in members if not any(row is one for one in chosen)]
+    return shown, missing
+
+
+def _by_turns(members: Sequence[Row], worth: Callable[[Row], float | None]) -> list[Row]:
+    kinds: dict[tuple[bool, bool, tuple[str, ...]], list[Row]] = {}
+    for row in sorted(members, key=lambda row: -(worth(row) or 0.0)):
+        kinds.setdefault((row.stale, row.simulated, row.axes), []).append(row)
+    ranked = []
+    for kind, own in kinds.items():
+        ends = [own[turn // 2] if turn % 2 == 0 else own[-1 - turn // 2] for turn in range(len(own))]
+        ranked += [(kind[:2], turn, len(kind[2]), row) for turn, row in enumerate(ends)]
+    return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """A note for each task, on the runs that a figure has no room for."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        told.setdefault(f"{row.task}, {row.model}", []).append(row.setting)
+    found = []
+    for place, settings in told.items():
+        names = "; ".join(settings[:MOST_NAMED])
+        more = f"; and {len(settings) - MOST_NAMED} more" if len(settings) > MOST_NAMED else ""
+        found.append(f"left out for lack of room: {place}: {names}{more}")
+    return found
+
+
+def named(row: Row) -> str:
+    """A run's setting with the marks that it does not tell already."""
+    marks = [mark for mark in row.marks if mark != SIMULATED]
+    return f"{row.setting} [{', '.join(marks)}]" if marks else row.setting
+
+
+def notes(figure: Figure, rows: Sequence[Row], more: Sequence[str] = ()) -> None:
+    """Below the panels: what carved and simulated runs among `rows` do not say, then `more`; the figure grows by it."""
     told = [CARVED] if any(row.carved for row in rows) else []
     told += [SIMULATED_NOTE] if any(row.simulated for row in rows) else []
+    told += more
     lines = [line for note in told for line in textwrap.wrap(note, int(13 * figure.get_figwidth()))]
     if not lines:
         return

@@ -45,7 +45,7 @@ def tradeoff(rows: Sequence[Row]) -> Figure | None:
     Bars are 95% intervals. The dashed line is dense verification of the same runs, with the range of its measurements
     where there are several; the star marks its quality. None where no run has both arms.
     """
-    grouped = {key: members for key, members in panels(rows).items() if members[0].sparse_vs_ar.value is not None}
+    grouped = panels([row for row in rows if row.sparse_vs_ar.value is not None])
     if not grouped:
         return None
     styles = _styles([row for members in grouped.values() for row in members])

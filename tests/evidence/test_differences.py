@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from harness.evidence import differences
@@ -115,3 +116,26 @@ def test_no_change_in_few_examples_excludes_little():
     assert block["mdd"] == pytest.approx(100 * (1 - 0.05 ** (1 / 24)))
     scores = [scored(f"e{i}", -3.0) for i in range(24)]
     assert differences.reference_delta(scores, scores)["mdd"] is None
+
+
+def changes(rng, count, effect):
+    """Of outputs' scores: two in five do not change, the others do with a long tail of losses."""
+    return effect + (2.0 - rng.gamma(4.0, 0.5, size=count)) * (rng.random(count) < 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("count", [24, 48])
+def test_intervals_of_differences_cover_a_known_effect(count, together):
+    """Also where up to four questions share an article, which moves them alike."""
+    rng = np.random.default_rng(13)
+    hits = 0
+    for trial in range(1000):
+        sizes = rng.integers(1, together + 1, size=count)
+        names = [str(name) for name in np.repeat(np.arange(count), sizes)]
+        values = (np.repeat(changes(rng, count, -0.4), sizes) + changes(rng, len(names), -0.4)) / 2
+        columns = [[value, 1.0] for value in values.tolist()]
+        low, high = differences.difference(columns, names, bounded=True, resamples=1000, seed=trial)["ci95"]
+        hits += low <= -0.4 <= high
+    print(f"\n{count} clusters of up to {together}: covered in {hits / 1000:.3f}")
+    assert 0.93 <= hits / 1000 <= 0.97

@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 import yaml
 
 from harness.evidence import RunLocked, RunStore, StoreError, fingerprint, load_runs
-from harness.evidence.store import read_json, write_text
+from harness.evidence.rows import write_overview
+from harness.evidence.store import is_held, read_json, write_text
 from tests.evidence_samples import ARMS, config, example, proof, record, stored_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +204,51 @@ def test_two_processes_cannot_hold_one_run(tmp_path):
             pass
     with RunStore(tmp_path, config(), ARMS):
         pass
+
+
+def test_a_lock_that_is_only_looked_at_keeps_nobody_out(tmp_path):
+    with RunStore(tmp_path, config(), ARMS) as store:
+        assert is_held(store.path)
+    with (store.path / "lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not is_held(store.path)
+        threading.Timer(0.15, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with RunStore(tmp_path, config(), ARMS):
+            assert is_held(store.path)
+    assert not is_held(tmp_path / "absent") and not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("cut", ["summary.json", "records.jsonl", "config.yaml"])
+def test_a_rerun_that_is_killed_as_it_begins_starts_afresh(tmp_path, monkeypatch, cut):
+    stored_run(tmp_path)
+
+    def killed(file, *_, **__):
+        if file.name == cut:
+            raise KeyboardInterrupt
+        real(file, missing_ok=True)
+
+    real = Path.unlink
+    monkeypatch.setattr(Path, "unlink", killed)
+    monkeypatch.setattr("harness.evidence.store.write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begun(tmp_path, rerun=True)
+    monkeypatch.undo()
+    assert begun(tmp_path) == "start"
+    assert reopened(tmp_path) == []
+
+
+def test_what_killed_writers_left_is_removed(tmp_path, monkeypatch):
+    path = interrupted(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        for file in (path / "summary.json", tmp_path / "summary.csv", tmp_path / "other.csv"):
+            with pytest.raises(OSError, match="killed"):
+                write_text(file, "half")
+    assert len(list(path.glob(".summary.json.*"))) == 1
+    assert len(reopened(tmp_path)) == 6 and not list(path.glob(".summary*"))
+    write_overview(tmp_path, sources="abc")
+    assert not list(tmp_path.glob(".summary.csv*")) and list(tmp_path.glob(".other.csv*"))
 
 
 WRITER = """

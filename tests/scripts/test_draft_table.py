@@ -9,7 +9,6 @@ from matplotlib import pyplot
 
 from harness.evidence import rows
 from scripts import cells, draft_table, plots, tables
-from scripts.figures import acceptance
 from tests.evidence_samples import config, growing, stored_run
 from tests.scripts.test_plots import check_labels, quietly_drawn
 from tests.scripts.test_tables import screen
@@ -132,7 +131,7 @@ def test_there_is_no_table_without_drafters_to_compare(tmp_path):
     put(tmp_path, TREE, status="failed", reason="no memory")
     put(tmp_path, {"name": "none"}, arms=("ar", "sparse_ar"))
     found = collected(tmp_path)
-    assert draft_table.compared(found) == {} and acceptance.acceptance(found) is None
+    assert draft_table.compared(found) == {}
     assert not [file for file in tables.write(found, tmp_path / "t") if file.stem == "drafters"]
     assert "Acceptance length (AL)" not in screen(found, 160)
     put(tmp_path, LOOKUP, topk=16, decode=SAMPLE)
@@ -225,10 +224,12 @@ def test_the_figure_fits_and_says_what_marks_mean(figure):
     assert any("[stale]" in name for name in names) and not any("[forced oracle]" in name for name in names)
 
 
-def test_the_figure_of_two_drafters_is_written_beside_the_others(tmp_path):
+def test_the_figure_of_two_drafters_is_written_beside_the_others(tmp_path, monkeypatch):
     put(tmp_path, LOOKUP)
     put(tmp_path, SUFFIX)
     found = collected(tmp_path)
+    chosen = {name: plots.FIGURES[name] for name in ("tradeoff", "acceptance")}
+    monkeypatch.setattr(plots, "FIGURES", chosen)
     written = {file.name for file in plots.write(found, tmp_path / "figures")}
     assert {"acceptance.png", "acceptance.pdf", "tradeoff.png"} <= written
     drawn = plots.FIGURES["acceptance"](found)

@@ -1,5 +1,4 @@
 import itertools
-import warnings
 
 import matplotlib
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib import pyplot
 from harness.evidence import rows, sources_hash
 from scripts import common, plots
 from scripts.figures import axis_curves, components, style, tradeoff
+from tests.drawings import check_labels, quietly_drawn
 from tests.evidence_samples import config, stored_run
 
 
@@ -33,7 +33,7 @@ def found(results):
     return rows.collect(results, sources=sources_hash(common.ROOT))
 
 
-DRAWN = [name for name in plots.FIGURES if name != "acceptance"]  # these runs have one drafter: test_draft_table
+DRAWN = [name for name in plots.FIGURES if name != "context"]  # these runs have one length: test_plots_lines
 BLOCKS = {"name": "block_topk", "budget": "fixed", "topk": 16, "l0": 512, "rho": 0.25, "block_size": 32}
 FFN = {"name": "topk", "keep": 0.8, "mask": "union"}
 UNION = {"name": "union", "union": 6, "outside": "substitute", "free_loaded": False}
@@ -72,16 +72,6 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     fill(folder)
     return rows.collect(folder, sources=sources_hash(common.ROOT))
-
-
-def quietly_drawn(name, found):
-    """The figure; a layout that does not fit would warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        drawn = plots.FIGURES[name](found)
-        drawn.canvas.draw()
-    yield drawn
-    pyplot.close(drawn)
 
 
 @pytest.fixture(scope="module")
@@ -126,31 +116,6 @@ def test_labels_of_many_runs_stay_inside_and_do_not_overlap(rich):
     check_labels(rich)
 
 
-def check_labels(figure):
-    """No text leaves the figure or lies on another one."""
-    renderer = figure.canvas.get_renderer()
-    texts = [figure._suptitle] if figure._suptitle else []
-    texts += [figure._supxlabel] if figure._supxlabel else []
-    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
-    texts += [text for legend in legends for text in (legend.get_title(), *legend.get_texts())]
-    for axis in figure.axes:
-        texts += [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
-        for side, labels in ((0, axis.get_xticklabels()), (1, axis.get_yticklabels())):
-            low, high = (axis.get_xlim(), axis.get_ylim())[side]
-            texts += [label for label in labels if low <= label.get_position()[side] <= high]
-    shown = [text for text in texts if text.get_text() and text.get_visible()]
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in shown]
-    visible = [(name, box) for name, box in boxes if box.width > 0]
-    for _, box in visible:
-        inches = box.transformed(figure.dpi_scale_trans.inverted())
-        assert inches.x0 >= -0.01 and inches.x1 <= figure.get_figwidth() + 0.01
-        assert inches.y0 >= -0.01 and inches.y1 <= figure.get_figheight() + 0.01
-    for (one, first), (other, second) in itertools.combinations(visible, 2):
-        width = min(first.x1, second.x1) - max(first.x0, second.x0)
-        height = min(first.y1, second.y1) - max(first.y0, second.y0)
-        assert width <= 1 or height <= 2, (one, other)
-
-
 @pytest.mark.parametrize("figure", ["kept_tokens"], indirect=True)
 def test_the_sweep_is_a_curve_with_its_limit(figure, found):
     top, bottom = figure.axes
@@ -184,7 +149,7 @@ def test_runs_without_traces_draw_what_they_can(tmp_path):
     for topk in (8, 16):
         stored_run(tmp_path, config(topk=topk), traces=False)
     drawn = {file.stem for file in plots.write(rows.collect(tmp_path, sources="abc"), tmp_path / "figures")}
-    assert drawn == {"tradeoff", "kept_tokens"}  # one density for all budgets makes no curve over it
+    assert drawn == {"pareto", "tradeoff", "kept_tokens", "split", "acceptance"}  # one density makes no curve over it
 
 
 def test_nothing_to_draw_is_one_line_and_code_2(tmp_path, capsys):
@@ -371,7 +336,9 @@ def test_figures_with_carved_runs_say_so(rich):
 
 @pytest.mark.parametrize("rich", ["components"], indirect=True)
 def test_components_stack_up_to_the_mean_step(rich, swept):
-    for axis, members in zip(rich.axes, style.by_place(swept).values(), strict=True):
+    shown, missing = style.telling(style.by_place(swept), components._saving)
+    assert sum(len(members) for members in shown.values()) <= style.MOST_RUNS and missing
+    for axis, members in zip(rich.axes, shown.values(), strict=True):
         ends = {}
         for bar in axis.patches:
             middle = round(bar.get_y() + bar.get_height() / 2, 2)

@@ -1,0 +1,1 @@
+"""What scripts.reproduce runs, and how it tells the time beforehand."""

@@ -1,0 +1,198 @@
+"""The stages behind the project's results: sweeps of run.py and the programs that some of them need first."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCALES = ("smoke", "small", "full")
+FILES: Mapping[str, tuple[str, ...]] = {
+    "xsum": ("xsum.jsonl.gz", "xsum.jsonl"),
+    "squad": ("squad.jsonl.gz", "squad.jsonl"),
+    "math": ("math500.jsonl", "math500.jsonl.gz", "math.jsonl.gz", "math.jsonl"),
+    "squad_long": ("long/squad_article_qa.jsonl.gz", "squad_long.jsonl.gz", "squad_long.jsonl"),
+}
+"""Task -> names under which its file is looked for in a folder of data, the first one found counts."""
+WITHOUT_HUB = ("squad_long", "needle")
+TABLE1 = ("xsum", "squad", "math")
+_ONLY = ("hydra.sweeper.params=null",)
+"""The points of a stage, in place of those of its experiment."""
+
+
+class DataError(ValueError):
+    """The data cannot be used; one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Where examples come from: the bundled samples, the hub, or a folder of files."""
+
+    source: str = "bundled"
+    folder: Path | None = None
+
+    def overrides(self, task: str) -> list[str]:
+        """The overrides that make a task read from here.
+
+        Raises:
+            DataError: the folder has no file of this task.
+        """
+        if self.folder is not None and task in FILES:
+            found = next((self.folder / name for name in FILES[task] if (self.folder / name).is_file()), None)
+            if found is None:
+                raise DataError(f"--data {self.folder}: no file for {task}; looked for {', '.join(FILES[task])}")
+            return ["task.source=files", f"task.data_files={found}"]
+        return ["task.source=hub"] if self.source == "hub" and task not in WITHOUT_HUB else []
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: short and unique.
+        what: in a line.
+        overrides: of run.py; empty for another program.
+        module: of that program, with its arguments.
+        seconds: that it takes on two CPU cores, where no dry run can tell.
+        makes: a file; where it lies already the stage is left out.
+    """
+
+    name: str
+    what: str
+    overrides: tuple[str, ...] = ()
+    module: tuple[str, ...] = ()
+    seconds: float = 0.0
+    makes: Path | None = field(default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much of everything a scale runs.
+
+    Attributes:
+        short, long, lengths: examples of each member on short prompts, on long prompts and of each context length.
+        answer: tokens of an answer in mathematics at most.
+        budgets, anchors, channels, experts, hybrids, drafters: points of the curves; an empty text leaves one out.
+        contexts: tokens of the synthetic documents.
+    """
+
+    short: int
+    long: int
+    lengths: int
+    answer: int
+    budgets: str
+    contexts: str
+    anchors: str = ""
+    channels: str = ""
+    experts: str = ""
+    hybrids: str = ""
+    drafters: str = ""
+
+
+SIZES: Mapping[str, Size] = {
+    "smoke": Size(short=2, long=1, lengths=1, answer=64, budgets="8,32", contexts="1024,2048"),
+    "small": Size(
+        short=24,
+        long=12,
+        lengths=4,
+        answer=128,
+        budgets="8,16,32,64,128",
+        contexts="1024,2048,4096,7168",
+        anchors="2,3",
+        channels="0.9,0.6667",
+        experts="10,8,6",
+        hybrids="32,64",
+        drafters="suffix",
+    ),
+    "full": Size(
+        short=200,
+        long=48,
+        lengths=12,
+        answer=192,
+        budgets="8,16,32,64,128",
+        contexts="1024,2048,4096,7168",
+        anchors="2,3,5,10,15",
+        channels="0.9,0.8,0.6667,0.5,0.3333",
+        experts="11,10,8,6,4",
+        hybrids="8,16,32,64,128",
+        drafters="suffix,selfsparse,eagle3,combined",
+    ),
+}
+
+
+def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> list[Stage]:
+    """Everything that a scale runs, in order.
+
+    Args:
+        scale: one of SCALES.
+        data: of the tasks.
+        model: choice of the model group.
+        carving, head: where the carved model and the EAGLE-3 head of ``model`` lie once they are made.
+    Raises:
+        DataError: a task's file is missing.
+    """
+    size, ours = SIZES[scale], model == "smollm2"
+    common = [f"model={model}"] if not ours else []
+    found = [_table1(task, size, data) for task in TABLE1]
+    found.append(_sweep("tradeoff", "squad_long", size.long, data, {"attn.topk": size.budgets}))
+    found.append(_sweep("context_curve", "needle", size.lengths, data, {"task.context_tokens": size.contexts}))
+    found += _curves(size, data)
+    if ours and size.experts:
+        found.append(Stage("carve", "SmolLM2 cut into experts", (), ("scripts.carve_moe",), 240.0, carving))
+        found.append(_sweep("moe_curve", "squad", size.short, data, {"moe.union": size.experts}))
+    if size.drafters:
+        needs_head = ours and "eagle3" in size.drafters
+        drafters = size.drafters if needs_head else size.drafters.partition(",")[0]
+        found += [Stage("head", "an EAGLE-3 head", (), ("scripts.train_draft",), 2700.0, head)] if needs_head else []
+        found += [_drafters(task, drafters, size, data) for task in ("xsum", "squad_long")]
+    if scale == "full":
+        found.append(Stage("bench", "operators, steps and loops beside their limits", (), ("scripts.bench",), 600.0))
+    return [
+        Stage(
+            one.name, one.what, (*one.overrides, *(common if one.overrides else ())), one.module, one.seconds, one.makes
+        )
+        for one in found
+    ]
+
+
+def _table1(task: str, size: Size, data: Data) -> Stage:
+    answer = [f"task.max_new_tokens={size.answer}"] if task == "math" else []
+    overrides = ["experiment=table1", *_ONLY, f"task={task}", f"task.limit={size.short}", *answer]
+    return Stage(f"table1_{task}", f"the paper's table: {task}", (*overrides, *data.overrides(task)))
+
+
+def _curves(size: Size, data: Data) -> list[Stage]:
+    """Reuse, both together, and the FFN alone, where the scale has points of them."""
+    wanted = (
+        ("reuse_curve", "squad_long", size.long, {"reuse.every": size.anchors}),
+        ("hybrid_curve", "squad_long", size.long, {"attn.topk": size.hybrids}),
+        ("ffn_curve", "squad", size.short, {"ffn.keep": size.channels}),
+    )
+    return [
+        _sweep(name, task, limit, data, points)
+        for name, task, limit, points in wanted
+        if all(values for values in points.values())
+    ]
+
+
+def _sweep(experiment: str, task: str, limit: int, data: Data, points: Mapping[str, str]) -> Stage:
+    swept = [f"{key}={values}" for key, values in points.items()]
+    overrides = [f"experiment={experiment}", *_ONLY, f"task={task}", f"task.limit={limit}", *swept]
+    return Stage(experiment, f"{experiment} on {task}: {', '.join(swept)}", (*overrides, *data.overrides(task)))
+
+
+def _drafters(task: str, drafters: str, size: Size, data: Data) -> Stage:
+    limit = size.long if task == "squad_long" else size.short
+    topk = "32" if task == "squad_long" else "8"
+    overrides = ["-m", f"draft={drafters}", f"task={task}", f"task.limit={limit}", f"attn.topk={topk}"]
+    return Stage(f"drafters_{task}", f"drafters on {task}: {drafters}", (*overrides, *data.overrides(task)))
+
+
+def commands(found: Sequence[Stage]) -> list[str]:
+    """What a person would type for each stage."""
+    return [
+        shlex.join(["python", "run.py", *one.overrides] if one.overrides else ["python", "-m", *one.module])
+        for one in found
+    ]
