@@ -202,7 +202,7 @@ def _say(screen: Console, job: Job, trying: Trying) -> None:
     from scripts.tuning import report
 
     wanted = job.typed.effort.trials
-    screen.print(Text(report.line(trying.number, trying.costly, wanted, trying.outcome, job.values)))
+    screen.print(Text(report.line(trying.number, trying.costly, wanted, trying.outcome, job.values)), soft_wrap=True)
 
 
 def _document(job: Job, search: Search, device: str, argv: Sequence[str], ended: str) -> dict[str, Any]:
@@ -261,10 +261,10 @@ def _finish(job: Job, search: Search, document: dict[str, Any], folder: Path, sc
         document["validation"] = _validate(job, search, document["chosen"]["words"], job.held, screen)
         screen.print(tables.render(report.validation_grid(document)))
     for note in report.notes(document):
-        screen.print(Text(note))
+        screen.print(Text(note), soft_wrap=True)
     written = [*report.write(document, folder), _write_experiment(job, document)]
     for file in written:
-        screen.print(Text(f"wrote {file}"))
+        screen.print(Text(f"wrote {file}"), soft_wrap=True)
     print(json.dumps(_last_line(document), separators=(",", ":")))
 
 
