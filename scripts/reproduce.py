@@ -7,7 +7,10 @@ Afterwards tables, figures and the report are drawn from what is stored.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -82,21 +85,40 @@ def _data(options: argparse.Namespace) -> Data:
 
 def _foresee(found: Sequence[Stage], more: Sequence[str]) -> list[Foreseen] | None:
     """A dry run of every stage; None after the line of one that cannot run."""
-    screen, told = Console(stderr=True), []
-    makes = {one.makes.name for one in found if one.makes is not None}
-    with screen.status("estimating") as status:
+    told: list[Foreseen] = []
+    made = any(one.makes is not None for one in found)
+    with Console(stderr=True).status("estimating"):
         for one in found:
-            status.update(f"estimating {one.name}")
             if not one.overrides:
                 told.append(Foreseen(0, 0, one.seconds))
                 continue
-            done = _python(["run.py", *one.overrides, *more, "dry_run=true"], capture=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            if done.returncode and not (makes and not lines):
-                print(done.stderr.strip(), file=sys.stderr)
+            shown = io.StringIO()
+            with contextlib.redirect_stdout(shown):
+                code = in_process([*one.overrides, *more, "dry_run=true"], quiet=made)
+            lines = [line for line in shown.getvalue().splitlines() if line.startswith("{")]
+            if code and not made:
                 return None
             told.append(_total([json.loads(line) for line in lines]))
     return told
+
+
+def in_process(overrides: Sequence[str], *, quiet: bool = False) -> int:
+    """The exit code of run.py with these overrides, run in this process: stages share prefilled prompts.
+
+    Args:
+        quiet: swallow standard error: what an earlier stage makes may still be missing.
+    """
+    errors = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+    before = sys.argv
+    sys.argv = [str(ROOT / "run.py"), *overrides]
+    try:
+        with errors:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before
+    return 0
 
 
 def _total(members: Sequence[Mapping[str, Any]]) -> Foreseen:
@@ -122,8 +144,7 @@ def _run(found: Sequence[Stage], foreseen: Sequence[Foreseen], more: Sequence[st
     for one, will, command in zip(found, foreseen, commands(found), strict=True):
         began = time.monotonic()
         print(f"{one.name}: {one.what}", flush=True)
-        argv = ["run.py", *one.overrides, *more] if one.overrides else ["-m", *one.module]
-        ended = _python(argv).returncode
+        ended = in_process([*one.overrides, *more]) if one.overrides else _module(one.module)
         code = max(code, min(ended, 1))
         row = {"stage": one.name, "command": provenance.scrub(command), "exit_code": ended}
         told.append({**row, "expected_seconds": round(will.seconds), "seconds": round(time.monotonic() - began)})
@@ -142,12 +163,13 @@ def _draw(results: Path, *, without_texts: bool) -> int:
     """Tables, figures and the report of what is stored."""
     code = 0
     for name, more in (("plots", ()), ("tables", ()), ("report", ("--without-texts",) if without_texts else ())):
-        code = max(code, min(_python(["-m", f"scripts.{name}", "--results", str(results), *more]).returncode, 1))
+        code = max(code, min(_module([f"scripts.{name}", "--results", str(results), *more]), 1))
     return code
 
 
-def _python(argv: Sequence[str], *, capture: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=capture, text=True, check=False)
+def _module(words: Sequence[str]) -> int:
+    """The exit code of another program of this project, in a process of its own."""
+    return subprocess.run([sys.executable, "-m", *words], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "smoke": Size(short=2, long=1, lengths=1, answer=64, budgets="8,32", contexts="1024,2048"),
+    "smoke": Size(short=2, long=1, lengths=1, answer=96, budgets="8,32", contexts="1024,2048"),
     "small": Size(
         short=24,
         long=12,
