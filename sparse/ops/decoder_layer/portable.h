@@ -84,45 +84,24 @@ struct Portable {
     for (int64_t group = groups.from; group < groups.to; group++) {
       const float* weights = static_cast<const float*>(m.weights) + group * m.inputs * 32;
       int64_t row = 0;
+      for (; row + 8 <= rows; row += 8) some<8>(m, weights, group, panel, stride, row, store);
       for (; row + 4 <= rows; row += 4) some<4>(m, weights, group, panel, stride, row, store);
+      for (; row + 2 <= rows; row += 2) some<2>(m, weights, group, panel, stride, row, store);
       for (; row < rows; row++) some<1>(m, weights, group, panel, stride, row, store);
     }
   }
 
   // Attention of rows [count, head_dim] to the strips: row by row the maximum of the scores, the sum of their
-  // exponentials from there, and the values weighted by these.
+  // exponentials from there, and the values weighted by these. A row's arithmetic does not depend on the others.
   static void attend(const Strip* strips, int64_t number, const float* queries, int64_t count, int64_t head_dim,
                      const Sight& sight, const Strip*, int64_t, float* scratch, float* top, float* sum, float* out) {
-    for (int64_t row = 0; row < count; row++) {
-      const float* query = queries + row * head_dim;
-      float* mixed = out + row * head_dim;
-      std::fill_n(mixed, head_dim, 0.0f);
-      float highest = kNothing, total = 0;
-      for (int64_t s = 0; s < number; s++) {
-        float scores[kStrip] = {};
-        const auto* keys = static_cast<const float*>(strips[s].keys);
-        for (int64_t d = 0; d < head_dim; d++)
-          for (int64_t i = 0; i < kStrip; i++) scores[i] += query[d] * keys[d * kPage + i];
-        const uint32_t seen = sight.bits(strips[s], row);
-        for (int64_t i = 0; i < kStrip; i++) {
-          scratch[s * kStrip + i] = seen >> i & 1 ? scores[i] : kNothing;
-          highest = std::max(highest, scratch[s * kStrip + i]);
-        }
-      }
-      for (int64_t s = 0; s < number && highest > kNothing; s++)
-        for (int64_t i = 0; i < strips[s].count; i++) {
-          if (scratch[s * kStrip + i] == kNothing) continue;
-          const float weight = std::exp(scratch[s * kStrip + i] - highest);
-          const float* values = static_cast<const float*>(strips[s].values) + i * head_dim;
-          total += weight;
-          for (int64_t d = 0; d < head_dim; d++) mixed[d] += weight * values[d];
-        }
-      top[row] = highest;
-      sum[row] = total;
-    }
+    int64_t row = 0;
+    for (; row + kRows <= count; row += kRows)
+      attend_rows<kRows>(strips, number, queries, head_dim, sight, row, scratch, top, sum, out);
+    for (; row < count; row++) attend_rows<1>(strips, number, queries, head_dim, sight, row, scratch, top, sum, out);
   }
 
-  static int64_t scratch(int64_t) { return kChunk * kStrip; }
+  static int64_t scratch(int64_t) { return kRows * kWidth; }
 
   static void widen(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
   static void narrow(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
@@ -134,16 +113,117 @@ struct Portable {
   }
 
  private:
-  template <int R, typename Store>
-  static void some(const Matrix& m, const float* weights, int64_t group, const float* panel, int64_t stride, int64_t row,
-                   Store&& store) {
-    float sums[R][32] = {};
-    for (int64_t k = 0; k < m.inputs; k++)
-      for (int r = 0; r < R; r++) {
-        const float x = panel[(row + r) * stride + k];
-        for (int i = 0; i < 32; i++) sums[r][i] += x * weights[k * 32 + i];
+  // Sixteen numbers, which the compiler cuts to the registers that there are.
+  typedef float Lanes __attribute__((vector_size(4 * kStrip)));
+  typedef int32_t Wholes __attribute__((vector_size(4 * kStrip)));
+  typedef float Loose __attribute__((vector_size(4 * kStrip), aligned(4), may_alias));
+
+  static constexpr int64_t kRows = 4;                 // rows that share the loads of keys and values
+  static constexpr int64_t kWidth = kChunk * kStrip;  // from one row of weights to the next
+
+  template <int R>
+  static void attend_rows(const Strip* strips, int64_t number, const float* queries, int64_t head_dim,
+                          const Sight& sight, int64_t row, float* weights, float* top, float* sum, float* out) {
+    queries += row * head_dim;
+    Lanes highest[R];
+    for (int r = 0; r < R; r++) highest[r] = Lanes{} + kNothing;
+    for (int64_t s = 0; s < number; s++) {
+      Lanes scores[R] = {};
+      const auto* keys = static_cast<const float*>(strips[s].keys);
+      for (int64_t d = 0; d < head_dim; d++) {
+        const Lanes key = load(keys + d * kPage);
+        for (int r = 0; r < R; r++) scores[r] += queries[r * head_dim + d] * key;
       }
-    for (int r = 0; r < R; r++) store(row + r, group, sums[r], sums[r] + 16);
+      for (int r = 0; r < R; r++) {
+        float* own = weights + r * kWidth + s * kStrip;
+        store(own, scores[r]);
+        const uint32_t seen = sight.bits(strips[s], row + r);
+        for (int64_t i = 0; i < kStrip && seen != 0xffff; i++) own[i] = seen >> i & 1 ? own[i] : kNothing;
+        const Lanes told = load(own);
+        highest[r] = told > highest[r] ? told : highest[r];
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      float most = kNothing;
+      for (int64_t i = 0; i < kStrip; i++) most = std::max(most, highest[r][i]);
+      top[row + r] = most;
+      sum[row + r] = weigh(weights + r * kWidth, number, most);
+    }
+    int64_t from = 0;
+    for (; from + kStrip <= head_dim; from += kStrip)
+      mix<R, true>(strips, number, head_dim, from, weights, out + row * head_dim);
+    if (from < head_dim) mix<R, false>(strips, number, head_dim, from, weights, out + row * head_dim);
+  }
+
+  // Scores to their exponentials from the highest one; the sum of these. What is not seen weighs nothing.
+  static float weigh(float* scores, int64_t number, float highest) {
+    Lanes lanes = {};
+    for (int64_t s = 0; s < number; s++, scores += kStrip) {
+      const Lanes score = load(scores);
+      const Lanes weight = score > kNothing ? exponential(score - highest) : Lanes{};
+      store(scores, weight);
+      lanes += weight;
+    }
+    float total = 0;
+    for (int64_t i = 0; i < kStrip; i++) total += lanes[i];
+    return total;
+  }
+
+  // Weighted sums of sixteen channels of the values, or of those left over; positions that no row sees are not read.
+  template <int R, bool kWhole>
+  static void mix(const Strip* strips, int64_t number, int64_t head_dim, int64_t from, const float* weights,
+                  float* out) {
+    const int64_t width = kWhole ? kStrip : head_dim - from;
+    Lanes sums[R] = {};
+    for (int64_t s = 0; s < number; s++) {
+      const auto* values = static_cast<const float*>(strips[s].values) + from;
+      for (int64_t i = 0; i < strips[s].count; i++, values += head_dim) {
+        const float* own = weights + s * kStrip + i;
+        float heaviest = own[0];
+        for (int r = 1; r < R; r++) heaviest = std::max(heaviest, own[r * kWidth]);
+        if (heaviest == 0) continue;
+        Lanes value = {};
+        std::copy_n(values, width, reinterpret_cast<float*>(&value));
+        for (int r = 0; r < R; r++) sums[r] += own[r * kWidth] * value;
+      }
+    }
+    for (int r = 0; r < R; r++) std::copy_n(reinterpret_cast<const float*>(&sums[r]), width, out + r * head_dim + from);
+  }
+
+  // exp(x) for x <= 0 with a relative error of about 1e-7: a power of two times the exponential of what is left, at
+  // most ln(2) / 2 away from zero, by its Taylor series.
+  static Lanes exponential(Lanes x) {
+    const Lanes least = Lanes{} - 87.0f;
+    x = x > least ? x : least;
+    const Lanes n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the sum is a whole number
+    const Lanes rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Lanes series = Lanes{} + 1.0f / 5040;
+    for (const float next : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+      series = series * rest + next;
+    return series * reinterpret_cast<Lanes>((__builtin_convertvector(n, Wholes) + 127) << 23);
+  }
+
+  static Lanes load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+  static void store(float* to, Lanes value) { *reinterpret_cast<Loose*>(to) = value; }
+
+  template <int R, typename Store>
+  static void some(const Matrix& m, const float* weights, int64_t group, const float* panel, int64_t stride,
+                   int64_t row, Store&& keep) {
+    Lanes low[R] = {}, high[R] = {};
+    panel += row * stride;
+    for (int64_t k = 0; k < m.inputs; k++) {
+      const Lanes one = load(weights + k * 32), two = load(weights + k * 32 + 16);
+      for (int r = 0; r < R; r++) {
+        low[r] += panel[r * stride + k] * one;
+        high[r] += panel[r * stride + k] * two;
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      float sums[32];
+      store(sums, low[r]);
+      store(sums + 16, high[r]);
+      keep(row + r, group, sums, sums + 16);
+    }
   }
 };
 
