@@ -73,7 +73,8 @@ class Size:
 
     Attributes:
         short, long, lengths: examples of each member on short prompts, on long prompts and of each context length.
-        answer: tokens of an answer in mathematics at most.
+        answer, long_answer: tokens of an answer in mathematics and on long prompts at most.
+        analysis: of the runs on long prompts; each has a single question, so that examples are independent.
         budgets, anchors, channels, experts, hybrids, drafters: points of the curves; an empty text leaves one out.
         contexts: tokens of the synthetic documents.
     """
@@ -82,6 +83,8 @@ class Size:
     long: int
     lengths: int
     answer: int
+    long_answer: int
+    analysis: str
     budgets: str
     contexts: str
     anchors: str = ""
@@ -92,18 +95,21 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "smoke": Size(short=2, long=1, lengths=1, answer=96, budgets="8,32", contexts="1024,2048"),
+    "smoke": Size(
+        short=2, long=1, lengths=1, answer=96, long_answer=16, analysis="full", budgets="8,32", contexts="1024,2048"
+    ),
     "small": Size(
         short=24,
-        long=12,
-        lengths=4,
-        answer=128,
+        long=8,
+        lengths=3,
+        answer=96,
+        long_answer=48,
+        analysis="fidelity",
         budgets="8,16,32,64,128",
         contexts="1024,2048,4096,7168",
         anchors="2,3",
         channels="0.9,0.6667",
-        experts="10,8,6",
-        hybrids="32,64",
+        hybrids="64",
         drafters="suffix",
     ),
     "full": Size(
@@ -111,6 +117,8 @@ SIZES: Mapping[str, Size] = {
         long=48,
         lengths=12,
         answer=192,
+        long_answer=64,
+        analysis="full",
         budgets="8,16,32,64,128",
         contexts="1024,2048,4096,7168",
         anchors="2,3,5,10,15",
@@ -136,12 +144,12 @@ def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> lis
     size, ours = SIZES[scale], model == "smollm2"
     common = [f"model={model}"] if not ours else []
     found = [_table1(task, size, data) for task in TABLE1]
-    found.append(_sweep("tradeoff", "squad_long", size.long, data, {"attn.topk": size.budgets}))
-    found.append(_sweep("context_curve", "needle", size.lengths, data, {"task.context_tokens": size.contexts}))
+    found.append(_sweep("tradeoff", "squad_long", size, data, {"attn.topk": size.budgets}))
+    found.append(_sweep("context_curve", "needle", size, data, {"task.context_tokens": size.contexts}))
     found += _curves(size, data)
     if ours and size.experts:
         found.append(Stage("carve", "SmolLM2 cut into experts", (), ("scripts.carve_moe",), 240.0, carving))
-        found.append(_sweep("moe_curve", "squad", size.short, data, {"moe.union": size.experts}))
+        found.append(_sweep("moe_curve", "squad", size, data, {"moe.union": size.experts}))
     if size.drafters:
         needs_head = ours and "eagle3" in size.drafters
         drafters = size.drafters if needs_head else size.drafters.partition(",")[0]
@@ -159,35 +167,41 @@ def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> lis
 
 def _table1(task: str, size: Size, data: Data) -> Stage:
     answer = [f"task.max_new_tokens={size.answer}"] if task == "math" else []
-    overrides = ["experiment=table1", *_ONLY, f"task={task}", f"task.limit={size.short}", *answer]
-    return Stage(f"table1_{task}", f"the paper's table: {task}", (*overrides, *data.overrides(task)))
+    overrides = ["experiment=table1", *_ONLY, *_task(task, size, data), *answer]
+    return Stage(f"table1_{task}", f"the paper's table: {task}", tuple(overrides))
 
 
 def _curves(size: Size, data: Data) -> list[Stage]:
     """Reuse, both together, and the FFN alone, where the scale has points of them."""
     wanted = (
-        ("reuse_curve", "squad_long", size.long, {"reuse.every": size.anchors}),
-        ("hybrid_curve", "squad_long", size.long, {"attn.topk": size.hybrids}),
-        ("ffn_curve", "squad", size.short, {"ffn.keep": size.channels}),
+        ("reuse_curve", "squad_long", {"reuse.every": size.anchors}),
+        ("hybrid_curve", "squad_long", {"attn.topk": size.hybrids}),
+        ("ffn_curve", "squad", {"ffn.keep": size.channels}),
     )
-    return [
-        _sweep(name, task, limit, data, points)
-        for name, task, limit, points in wanted
-        if all(values for values in points.values())
-    ]
+    return [_sweep(name, task, size, data, points) for name, task, points in wanted if all(points.values())]
 
 
-def _sweep(experiment: str, task: str, limit: int, data: Data, points: Mapping[str, str]) -> Stage:
+def _sweep(experiment: str, task: str, size: Size, data: Data, points: Mapping[str, str]) -> Stage:
     swept = [f"{key}={values}" for key, values in points.items()]
-    overrides = [f"experiment={experiment}", *_ONLY, f"task={task}", f"task.limit={limit}", *swept]
-    return Stage(experiment, f"{experiment} on {task}: {', '.join(swept)}", (*overrides, *data.overrides(task)))
+    overrides = [f"experiment={experiment}", *_ONLY, *_task(task, size, data), *swept]
+    return Stage(experiment, f"{experiment} on {task}: {', '.join(swept)}", tuple(overrides))
 
 
 def _drafters(task: str, drafters: str, size: Size, data: Data) -> Stage:
-    limit = size.long if task == "squad_long" else size.short
     topk = "32" if task == "squad_long" else "8"
-    overrides = ["-m", f"draft={drafters}", f"task={task}", f"task.limit={limit}", f"attn.topk={topk}"]
-    return Stage(f"drafters_{task}", f"drafters on {task}: {drafters}", (*overrides, *data.overrides(task)))
+    overrides = ["-m", f"draft={drafters}", f"attn.topk={topk}", *_task(task, size, data)]
+    return Stage(f"drafters_{task}", f"drafters on {task}: {drafters}", tuple(overrides))
+
+
+def _task(task: str, size: Size, data: Data) -> list[str]:
+    """A task with as many examples of it as the scale runs."""
+    overrides = [f"task={task}", *data.overrides(task)]
+    if task == "needle":
+        return [*overrides, f"task.limit={size.lengths}"]
+    if task != "squad_long":
+        return [*overrides, f"task.limit={size.short}"]
+    long = [f"task.limit={size.long}", "task.questions=1", f"task.max_new_tokens={size.long_answer}"]
+    return [*overrides, *long, f"analysis={size.analysis}"]
 
 
 def commands(found: Sequence[Stage]) -> list[str]:
