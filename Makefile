@@ -23,7 +23,7 @@ PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progre
 STAMP := .venv/.installed
 CLUSTER := .venv/.cluster
 
-.PHONY: help run test test-all bench gpu-check carve calibrate lint tables report clean
+.PHONY: help run test test-all bench gpu-check carve calibrate lint tables report reproduce clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -67,6 +67,11 @@ lint: $(STAMP) ## formatting, lints, types, and who may import whom
 
 tables: $(STAMP) ## tables from stored runs alone
 	@$(PY) -m scripts.tables --results $(RESULTS) $(ARGS)
+
+# As in: make reproduce scale=small data=FOLDER, or: make reproduce scale=full model=llama_7b source=hub
+reproduce: $(STAMP) ## every table and figure from nothing: scale=smoke, small or full; data=FOLDER; estimate=1 only says how long
+	@$(PY) -m scripts.reproduce --scale $(or $(scale),smoke) $(if $(data),--data "$(data)") $(if $(source),--source $(source)) \
+	  $(if $(model),--model $(model)) $(if $(estimate),--estimate) $(ARGS)
 
 report: $(STAMP) ## one HTML page from stored runs alone; ARGS="--without-texts" leaves the outputs out
 	@$(PY) -m scripts.report --results $(RESULTS) $(ARGS)

@@ -155,6 +155,9 @@ def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> lis
         drafters = size.drafters if needs_head else size.drafters.partition(",")[0]
         found += [Stage("head", "an EAGLE-3 head", (), ("scripts.train_draft",), 2700.0, head)] if needs_head else []
         found += [_drafters(task, drafters, size, data) for task in ("xsum", "squad_long")]
+        if needs_head:
+            found.append(_joined("joined_fast", "squad_long", size, data))
+            found += [_joined("joined_trees", task, size, data) for task in ("xsum", "squad_long")]
     if scale == "full":
         found.append(Stage("bench", "operators, steps and loops beside their limits", (), ("scripts.bench",), 600.0))
     return [
@@ -191,6 +194,13 @@ def _drafters(task: str, drafters: str, size: Size, data: Data) -> Stage:
     topk = "32" if task == "squad_long" else "8"
     overrides = ["-m", f"draft={drafters}", f"attn.topk={topk}", *_task(task, size, data)]
     return Stage(f"drafters_{task}", f"drafters on {task}: {drafters}", tuple(overrides))
+
+
+def _joined(experiment: str, task: str, size: Size, data: Data) -> Stage:
+    only = _ONLY if experiment == "joined_trees" else ("-m",)
+    topk = ["attn.topk=8"] if task == "xsum" else []
+    overrides = [f"experiment={experiment}", *only, *_task(task, size, data), *topk]
+    return Stage(f"{experiment}_{task}", f"{experiment} on {task}: two drafters in one tree", tuple(overrides))
 
 
 def _task(task: str, size: Size, data: Data) -> list[str]:

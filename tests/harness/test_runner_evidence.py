@@ -1,12 +1,13 @@
 """What a run measures beside its timings, and how a caller that watches it can end it."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import build, runner
+from harness import build, estimate, runner
 from harness.evidence import Record
 from harness.schema import Config, resolve
 from tests.harness.test_runner import TINY, stored
@@ -83,3 +84,27 @@ def test_a_run_that_shares_the_machine_says_so(configured: Callable[..., Config]
     runner.run(config)
     summary = stored(config)[0]
     assert summary["exclusive"] is False and any("exclusive=false" in note for note in summary["notes"])
+
+
+def test_a_dry_run_tells_the_time_and_stores_nothing(
+    configured: Callable[..., Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_FORESEEN", set())
+    dry, real = configured("dry_run=true"), configured()
+
+    def told() -> dict[str, Any]:
+        assert runner.run(dry) is None
+        return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+    first, again = told(), told()
+    assert first["examples"] == first["missing"] == 3 and first["expected_seconds"] > 0
+    assert again["expected_seconds"] < first["expected_seconds"], "its prompts would be prefilled by then"
+    assert not list(Path(dry.results_dir).rglob("*.json"))
+    runner.run(real, watch=lambda records: "enough")
+    assert stored(real)[2].name == first["fingerprint"]
+    capsys.readouterr()
+    assert told()["missing"] == 2
+    runner.run(real)
+    capsys.readouterr()
+    done = told()
+    assert done["missing"] == 0 and done["expected_seconds"] == 0
