@@ -53,19 +53,6 @@ def tags(config: Mapping[str, Any]) -> list[str]:
     return [tag[:_LONGEST_TAG] for tag in dict.fromkeys([*names, *(axes_on(config) or ("dense",))]) if tag]
 
 
-def sweep_of(results_dir: Path, fingerprint: str) -> str | None:
-    """Name of the newest sweep that lists a run among its members (<results_dir>/sweeps/<name>.json), or None."""
-    files = sorted((results_dir / "sweeps").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files:
-        try:
-            members = json.loads(file.read_text(encoding="utf-8"))["members"]
-            if any(member["fingerprint"] == fingerprint for member in members):
-                return file.stem
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
 def example_row(record: Record, *, texts: bool) -> dict[str, Any]:
     """One record as a row of numbers; the output itself only where `texts` allows it, its ids never."""
     row: dict[str, Any] = {"example_id": record.example_id, "arm": record.arm}
