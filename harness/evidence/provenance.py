@@ -94,7 +94,7 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 
 
 def sources_hash(root: Path, folders: Sequence[str] = SOURCES) -> str:
-    """sha256 (16 hex digits) over names and contents of what produces results: code, that of kernels too, and bundled data."""
+    """sha256 (16 hex digits) over names and contents of what produces results: all code, and bundled data."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(file for file in (root / folder).rglob("*") if file.suffix in SUFFIXES and file.is_file()):

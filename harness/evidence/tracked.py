@@ -5,9 +5,7 @@ The keys are those that `scripts.workspace` draws, so a key is written in this f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np

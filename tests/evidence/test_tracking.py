@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import socket
 import struct
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.evidence import build_summary, tracked, tracking
+from harness.evidence import build_summary, tracking
 from scripts import workspace
 from tests.evidence_samples import ARMS, config, example, stored_run
 
