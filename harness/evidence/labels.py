@@ -25,18 +25,8 @@ BUDGET_KEYS = {
 
 _TASK_LABELS = {"bucket": "{}", "context_tokens": "{} tok", "depth": "depth {}"}
 _NOT_SETTING = frozenset(
-    [
-        "track",
-        "results_dir",
-        "rerun",
-        "stale",
-        "hydra",
-        "arms",
-        "analysis",
-        "exclusive",
-        "prefill_memory_gb",
-        "dry_run",
-    ],
+    ("track", "results_dir", "rerun", "stale", "hydra", "arms", "analysis")
+    + ("exclusive", "prefill_memory_gb", "dry_run")
 )
 _FILES = ("calibration", "file_hashes")
 _SHOWN_ELSEWHERE = (
