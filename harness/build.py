@@ -184,6 +184,7 @@ def load(plan: Plan) -> Engine:
         ConfigError: the weights cannot be read.
     """
     config = plan.config
+    _PREFILLS.shrink(min(prefill_limit(plan), _spare(plan)))
     try:
         channels = any(not sparsity.ffn.is_dense for sparsity in plan.budgets.values())
         library = models.library_model(config.model, plan.model_config, plan.dtype, plan.device, config.seed)
@@ -226,13 +227,27 @@ _PREFILLS = PrefillStore()
 
 def _prefills(plan: Plan) -> Prefills:
     """Prompts that earlier runs of this process prefilled with the same weights, run in the same way."""
+    return Prefills(_PREFILLS, prefill_identity(plan))
+
+
+def prefill_limit(plan: Plan) -> int:
+    """Bytes of prefilled prompts that may be kept; on a GPU none."""
+    return int(plan.config.prefill_memory_gb * 1e9) if plan.device.type == "cpu" else 0
+
+
+def prefill_identity(plan: Plan) -> str:
+    """What a prefill depends on beside the prompt."""
     config = plan.config
     engine = {key: value for key, value in schema.to_dict(config)["engine"].items() if key not in _NOT_PREFILL}
     plain = portable(resolved(config))
     same = [plain["model"], plain.get("file_hashes"), engine, plan.threads, config.seed]
     same += [drafters.taps(config, plan.shape), config.ffn.name == "dense"]
-    _PREFILLS.limit = int(config.prefill_memory_gb * 1e9) if plan.device.type == "cpu" else 0
-    return Prefills(_PREFILLS, json.dumps(same))
+    return json.dumps(same)
+
+
+def resource(device: torch.device) -> str:
+    """What a run must have for itself to be timed: the CPU with its memory, or one GPU."""
+    return "cpu" if device.type != "cuda" else f"gpu-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _task(config: Config) -> Task:
@@ -307,6 +322,14 @@ def _prompt_limit(config: Config, positions: int) -> int:
     return wanted or room
 
 
+def _spare(plan: Plan) -> int:
+    """Bytes of memory that the run leaves for prefilled prompts, those that are kept already included."""
+    if plan.device.type != "cpu":
+        return 0
+    taken = plan.shape.weight_bytes + plan.shape.kv_bytes_per_token * plan.wave * plan.capacity
+    return max(0, int(_MEMORY_SHARE * (psutil.virtual_memory().available + _PREFILLS.nbytes)) - 2 * taken)
+
+
 def _check_memory(config: Config, shape: ModelShape, positions: int, device: torch.device, drafting: int) -> None:
     """Refuse a model whose weights, their copies by channel, and cache cannot fit."""
     carved = isinstance(config.model, schema.CarvedModelConfig)
@@ -314,7 +337,7 @@ def _check_memory(config: Config, shape: ModelShape, positions: int, device: tor
     weights = shape.weight_bytes + shape.itemsize * shape.hidden * (shape.vocab + copies * shape.channels)
     cache = shape.kv_bytes_per_token * positions
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available + _PREFILLS.nbytes
     if weights + cache + drafting > _MEMORY_SHARE * free:
         raise ConfigError(
             f"model={config.model.name}: {weights / 1e9:.1f} GB of weights, {cache / 1e9:.1f} GB of cache and "

@@ -7,7 +7,7 @@ from contextlib import suppress
 from statistics import median
 from typing import Any
 
-from harness import build, roofline
+from harness import build, exclusive, roofline
 from harness.budgets import SPARSE_ARMS
 from harness.build import DRAFTING_ARMS, Plan
 from harness.evidence import RunLocked, RunStore
@@ -15,10 +15,10 @@ from harness.schema import Config
 from sparse.cost import Peaks, StepPlan, plan_costs, prefill_cost, total
 from tasks.prompting import Prepared
 
-STEP_SHARE = 0.45
-"""Share of its limit that a step reaches, drafting included; measured, see results/LOG.md."""
-PREFILL_SHARE = 0.35
-"""Share of its limit that a prefill reaches; as above."""
+STEP_SHARE = 0.5
+"""Share of its limit that a step reaches, drafting included: 0.4 to 0.75 on CPUs (results/LOG.md)."""
+PREFILL_SHARE = 0.5
+"""Share of its limit that a prefill reaches on CPUs (results/LOG.md)."""
 ACCEPTANCE = 1.7
 """New tokens of a step with drafts, as prompt lookup reaches on the tasks here."""
 OBSERVED = 6.0
@@ -27,8 +27,8 @@ START = 6.0
 """Seconds to load and pack a small model."""
 
 
-_FORESEEN: set[str] = set()
-"""Hashes of the prompts that the dry runs of this process would have prefilled."""
+_FORESEEN: dict[str, float] = {}
+"""What the dry runs of this process would keep prefilled: weights and prompt -> bytes, used longest ago first."""
 
 
 def foresee(config: Config, plain: Mapping[str, Any], sources: str) -> dict[str, Any]:
@@ -44,14 +44,14 @@ def foresee(config: Config, plain: Mapping[str, Any], sources: str) -> dict[str,
     plan = build.plan(config)
     store = RunStore(config.results_dir, plain, config.arms)
     missing = _missing(plan, store, sources)
-    peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
-    kept = _FORESEEN if config.prefill_memory_gb else set()
+    with exclusive.alone(build.resource(plan.device), True, lambda: None):
+        peaks = roofline.peaks(plan.device.type, plan.threads, plan.dtype)
     return {
         "fingerprint": store.fingerprint,
         "examples": len(plan.prepared),
         "missing": len(missing),
         "prompt_tokens": max(len(item.ids) for item in plan.prepared),
-        "expected_seconds": round(expected_seconds(plan, peaks, missing, kept), 1),
+        "expected_seconds": round(expected_seconds(plan, peaks, missing, _FORESEEN), 1),
     }
 
 
@@ -67,23 +67,36 @@ def _missing(plan: Plan, store: RunStore, sources: str) -> list[Prepared]:
     return plan.prepared
 
 
-def expected_seconds(plan: Plan, peaks: Peaks, missing: Sequence[Prepared], kept: set[str] | None = None) -> float:
-    """Seconds that the missing examples of a run take, roughly: within a factor of two where the peaks are right.
+def expected_seconds(
+    plan: Plan, peaks: Peaks, missing: Sequence[Prepared], kept: dict[str, float] | None = None
+) -> float:
+    """Seconds that the missing examples of a run take, roughly, if every answer is as long as it may be.
 
     Args:
         plan: of the run.
         peaks: of its device.
         missing: prompts that are not stored yet.
-        kept: hashes of prompts that this process has prefilled by then; those of ``missing`` are added.
+        kept: what this process has prefilled by then, see _FORESEEN; `missing` are added, within the run's memory.
     """
     if not missing:
         return 0.0
-    kept = set() if kept is None else kept
+    kept = {} if kept is None else kept
     seconds, warm = START, median(len(item.ids) for item in missing)
     for item in missing:
-        seconds += _example(plan, peaks, len(item.ids), prefill=item.sha not in kept)
-        kept.add(item.sha)
+        seconds += _example(plan, peaks, len(item.ids), prefill=not _keep(plan, item, kept))
     return seconds + plan.config.engine.warmup * _prefill(plan, peaks, round(warm))
+
+
+def _keep(plan: Plan, item: Prepared, kept: dict[str, float]) -> bool:
+    """Whether a prompt was kept before; it is from now on, as `harness.engine.prefills.PrefillStore` would."""
+    limit, key = build.prefill_limit(plan), f"{build.prefill_identity(plan)} {item.sha}"
+    size = float(plan.shape.kv_bytes_per_token * len(item.ids))
+    before = kept.pop(key, None) is not None
+    while kept and sum(kept.values()) + size > limit:
+        del kept[next(iter(kept))]
+    if size <= limit:
+        kept[key] = size
+    return before
 
 
 def _example(plan: Plan, peaks: Peaks, prompt: int, *, prefill: bool) -> float:

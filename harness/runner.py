@@ -105,6 +105,7 @@ def _summary(
     told: dict[str, Any] | None = None
     try:
         store.begin(facts, rerun=config.rerun, stale=config.stale)
+        facts |= store.carried()
         told = summary = _stored(plan, store, facts, member, watch, tracker)
     finally:
         tracker.finish(told, store.records() if told else ())
@@ -118,7 +119,9 @@ def _stored(
     try:
         summary = _measure(plan, store, facts, member, watch, tracker)
     except KeyboardInterrupt:
-        store.finish(_describe(plan, store, facts, status="partial", reason="interrupted"), provenance.finished(facts))
+        if store.records():
+            told = _describe(plan, store, facts, status="partial", reason="interrupted")
+            store.finish(told, provenance.finished(facts))
         raise
     except (ConfigError, StoreError):
         raise
@@ -131,14 +134,17 @@ def _stored(
 
 
 def _group(config: Config) -> str | None:
-    return config.track.group if isinstance(config.track, WandbOffline) else None
+    """Name that joins the runs of a sweep: as configured, else the sweep's."""
+    sweep = sweeping.current()
+    given = config.track.group if isinstance(config.track, WandbOffline) else None
+    return given or (sweep.title if sweep else None)
 
 
 def _measure(
     plan: Plan, store: RunStore, facts: dict[str, Any], member: str, watch: Watch | None, tracker: tracking.Tracker
 ) -> dict[str, Any]:
     """Decode, grade and store every example that is missing."""
-    with exclusive.alone(_resource(plan.device), plan.config.exclusive, _waiting):
+    with exclusive.alone(build.resource(plan.device), plan.config.exclusive, _waiting):
         ended = _decode(plan, store, facts, member, watch, tracker)
     return _describe(plan, store, facts, status="partial" if ended else "ok", reason=ended)
 
@@ -153,7 +159,7 @@ def _decode(
     facts["peaks"] = {"bandwidth": peaks.bandwidth, "rate": peaks.rate}
     if not missing:
         return None
-    engine = build.load(plan)
+    engine, before = build.load(plan), {key: facts.get(key) or 0 for key in ("other_load", "kept_prefills")}
     _warm_up(plan, engine)
     engine.prefills.hits, load = 0, OtherLoad()
     with console.progress(f"{member}{plan.config.task.name}", len(plan.prepared), len(done)) as advance:
@@ -161,6 +167,9 @@ def _decode(
             items = missing[start : start + plan.wave]
             records = _wave(plan, engine, [item for _, item in items], items[0][0] // plan.wave)
             store.append(records)
+            facts["other_load"] = max(before["other_load"], round(load.share(), 3))
+            facts["kept_prefills"] = before["kept_prefills"] + engine.prefills.hits
+            store.write_json("provenance.json", facts)
             for record in records:
                 tracker.log_example(record)
             for _ in items:
@@ -168,13 +177,7 @@ def _decode(
             ended = watch(store.records()) if watch and start + plan.wave < len(missing) else None
             if ended:
                 break
-    facts |= {"other_load": round(load.share(), 3), "kept_prefills": engine.prefills.hits}
     return ended
-
-
-def _resource(device: torch.device) -> str:
-    """What a run must have for itself to be timed: the CPU with its memory, or one GPU."""
-    return "cpu" if device.type != "cuda" else f"gpu-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _waiting() -> None:

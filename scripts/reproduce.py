@@ -11,9 +11,11 @@ import contextlib
 import io
 import json
 import runpy
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.engine.model.carving import default_path
+from harness.engine.model.eagle3 import WEIGHTS
 from harness.engine.model.loading import cache_dir
 from harness.evidence import provenance
 from harness.evidence.store import write_text
 from scripts.common import ROOT
-from scripts.reproducing.stages import SCALES, Data, DataError, Stage, commands, stages
+from scripts.reproducing.stages import SCALES, Data, DataError, Stage, command, stages
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
+TAKEN = 0.55
+"""Share that stages took of the time in which every answer is as long as it may be: results/small/reproduce.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = [*options.overrides, f"results_dir={results}"]
     try:
         data = _data(options)
-        head = cache_dir() / "eagle3" / options.model
-        found = stages(options.scale, data, options.model, default_path(), head)
+        head = cache_dir() / "eagle3" / options.model / WEIGHTS[0]
+        found = stages(options.scale, data, options.model, default_path(), head, options.train)
     except DataError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="how much is run (%(default)s)")
     parser.add_argument("--data", type=Path, help="folder with the tasks' files; without it the bundled samples")
     parser.add_argument("--source", choices=("bundled", "hub"), default="bundled", help="where there is no --data")
+    parser.add_argument("--train", nargs="+", type=Path, default=[], help="texts for the EAGLE-3 head of scale=full")
     parser.add_argument("--model", default="smollm2", help="choice of the model group (%(default)s)")
     parser.add_argument("--results", type=Path, help="folder to write to (results/<scale>)")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and stop")
@@ -77,28 +83,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _data(options: argparse.Namespace) -> Data:
-    """Raises DataError where the folder is not there."""
+    """Raises DataError where the folder, or a text, is not there."""
+    if absent := [str(file) for file in options.train if not file.exists()]:
+        raise DataError(f"--train {absent[0]}: no such file")
     if options.data is not None and not options.data.is_dir():
         raise DataError(f"--data {options.data}: no such folder")
     return Data(options.source, options.data)
 
 
-def _foresee(found: Sequence[Stage], more: Sequence[str]) -> list[Foreseen] | None:
-    """A dry run of every stage; None after the line of one that cannot run."""
-    told: list[Foreseen] = []
-    made = any(one.makes is not None for one in found)
+def _foresee(found: Sequence[Stage], more: Sequence[str]) -> list[Foreseen | None] | None:
+    """A dry run of every stage, None for one that waits for what another makes; None after the line of a bad one."""
+    told: list[Foreseen | None] = []
+    made = False
     with Console(stderr=True).status("estimating"):
         for one in found:
             if not one.overrides:
                 told.append(Foreseen(0, 0, one.seconds))
+                made = True
                 continue
             shown = io.StringIO()
             with contextlib.redirect_stdout(shown):
                 code = in_process([*one.overrides, *more, "dry_run=true"], quiet=made)
-            lines = [line for line in shown.getvalue().splitlines() if line.startswith("{")]
             if code and not made:
                 return None
-            told.append(_total([json.loads(line) for line in lines]))
+            lines = [line for line in shown.getvalue().splitlines() if line.startswith("{")]
+            told.append(None if code else _total([json.loads(line) for line in lines]))
     return told
 
 
@@ -116,6 +125,9 @@ def in_process(overrides: Sequence[str], *, quiet: bool = False) -> int:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
     finally:
         sys.argv = before
     return 0
@@ -123,35 +135,40 @@ def in_process(overrides: Sequence[str], *, quiet: bool = False) -> int:
 
 def _total(members: Sequence[Mapping[str, Any]]) -> Foreseen:
     seconds = sum(float(member["expected_seconds"]) for member in members)
-    return Foreseen(len(members), sum(int(member["missing"]) for member in members), seconds)
+    return Foreseen(len(members), sum(int(member["missing"]) for member in members), TAKEN * seconds)
 
 
-def _show(found: Sequence[Stage], foreseen: Sequence[Foreseen]) -> None:
+def _show(found: Sequence[Stage], foreseen: Sequence[Foreseen | None]) -> None:
     """The stages and how long each is expected to take, on the screen before anything starts."""
     table = Table(title="to be run", title_justify="left")
     for name in ("stage", "what", "members", "examples", "minutes"):
         table.add_column(name, justify="left" if name in ("stage", "what") else "right")
     for one, will in zip(found, foreseen, strict=True):
-        counts = (str(will.members), str(will.missing)) if one.overrides else ("", "")
-        table.add_row(one.name, one.what, *counts, f"{will.seconds / 60:.1f}")
+        counts = (str(will.members), str(will.missing)) if will and one.overrides else ("", "")
+        table.add_row(one.name, one.what, *counts, f"{will.seconds / 60:.1f}" if will else "not known yet")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    print(f"expected: {sum(will.seconds for will in foreseen) / 60:.0f} minutes", flush=True)
+    unknown = sum(will is None for will in foreseen)
+    more = f", and {unknown} stages that wait for others" if unknown else ""
+    print(f"expected: {sum(will.seconds for will in foreseen if will) / 60:.0f} minutes{more}", flush=True)
 
 
-def _run(found: Sequence[Stage], foreseen: Sequence[Foreseen], more: Sequence[str], results: Path, scale: str) -> int:
+def _run(
+    found: Sequence[Stage], foreseen: Sequence[Foreseen | None], more: Sequence[str], results: Path, scale: str
+) -> int:
     """All stages, one after the other; a failed one does not stop the others. Writes <results>/reproduce.json."""
     code, told, start = 0, [], time.monotonic()
-    for one, will, command in zip(found, foreseen, commands(found), strict=True):
+    for one, will in zip(found, foreseen, strict=True):
         began = time.monotonic()
         print(f"{one.name}: {one.what}", flush=True)
         ended = in_process([*one.overrides, *more]) if one.overrides else _module(one.module)
-        code = max(code, min(ended, 1))
-        row = {"stage": one.name, "command": provenance.scrub(command), "exit_code": ended}
-        told.append({**row, "expected_seconds": round(will.seconds), "seconds": round(time.monotonic() - began)})
+        code = max(code, int(ended != 0))
+        row = {"stage": one.name, "command": provenance.scrub(command(one, more)), "exit_code": ended}
+        row["expected_seconds"] = round(will.seconds) if will else None
+        told.append({**row, "seconds": round(time.monotonic() - began)})
         record = {"scale": scale, "stages": told, "seconds": round(time.monotonic() - start)}
         write_text(results / "reproduce.json", json.dumps(record | _origin(), indent=1) + "\n")
-        if ended < 0 or ended == 130:
-            raise SystemExit(130)
+        if ended in (INTERRUPTED, -signal.SIGINT):
+            raise SystemExit(INTERRUPTED)
     return code
 
 
@@ -163,7 +180,7 @@ def _draw(results: Path, *, without_texts: bool) -> int:
     """Tables, figures and the report of what is stored."""
     code = 0
     for name, more in (("plots", ()), ("tables", ()), ("report", ("--without-texts",) if without_texts else ())):
-        code = max(code, min(_module([f"scripts.{name}", "--results", str(results), *more]), 1))
+        code = max(code, int(_module([f"scripts.{name}", "--results", str(results), *more]) != 0))
     return code
 
 

@@ -40,6 +40,12 @@ class PrefillStore:
         """Bytes kept now."""
         return sum(_size(*entry) for entry in self._kept.values())
 
+    def shrink(self, limit: int) -> None:
+        """Keep no more than ``limit`` bytes from now on."""
+        self.limit = limit
+        while self._kept and self.nbytes > limit:
+            del self._kept[next(iter(self._kept))]
+
     def get(self, key: tuple[str, tuple[int, ...]]) -> tuple[Prefilled, Tensor, Tensor] | None:
         """What is kept under ``key``; it counts as used now."""
         entry = self._kept.pop(key, None)

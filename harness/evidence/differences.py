@@ -126,13 +126,14 @@ def difference(
     value = float(bootstrap.mean_difference(totals.sum(axis=0)))
     bounds = bootstrap.interval(totals[:, :2], bootstrap.mean_difference, resamples=resamples, seed=seed)
     se, count, changed = bootstrap.standard_error(totals), len(totals), int(np.sum(totals[:, 2] > 0))
+    worth = bootstrap.effective(totals[:, 1])
     return {
         "delta": value,
-        "ci95": _widened(value, bounds, se, bootstrap.effective(totals[:, 1])),
+        "ci95": _widened(value, bounds, se, worth),
         "se": se,
         "clusters": count,
         "changed": changed,
-        "mdd": detectable(se, count, changed, bounded=bounded),
+        "mdd": detectable(se, count, changed, bounded=bounded, effective=worth),
     }
 
 

@@ -30,17 +30,21 @@ POINTS = 100.0
 NO_SPREAD = 1e-12
 
 
-def detectable(se: float | None, clusters: int, changed: int, *, bounded: bool) -> float | None:
+def detectable(
+    se: float | None, clusters: int, changed: int, *, bounded: bool, effective: int | None = None
+) -> float | None:
     """Smallest true difference that a two-sided test at 5% finds with 80% power: (t_0.975 + t_0.80) standard errors.
 
     With a difference in fewer than two clusters, or the same one in all, the standard error says nothing. A metric in
     points then has the largest mean change that so few changes still cannot exclude, 100 * (1 - 0.05 ** (1 / n)) where
-    none of n clusters changed; an unbounded one has None, as has everything with fewer than two clusters.
+    none of n clusters changed; an unbounded one has None, as has everything with fewer than two clusters. `effective`
+    clusters of equal weight are worth as much as these, where weights differ.
     """
     if se is None or clusters < 2:
         return None
     if changed >= 2 and se > NO_SPREAD:
-        quantiles = (bootstrap.t_quantile(tail, clusters - 1) for tail in (1 - ALPHA / 2, POWER))
+        degrees = (effective or clusters) - 1
+        quantiles = (bootstrap.t_quantile(tail, degrees) for tail in (1 - ALPHA / 2, POWER))
         return se * sum(quantiles)
     return POINTS * unseen(_few(changed), clusters) if bounded else None
 
@@ -89,8 +93,8 @@ def verdicts(
 ) -> dict[str, Verdict]:
     """A verdict by fingerprint for each run whose sparse arm was compared with its dense arm.
 
-    A family are the runs of one task, data, model and device. Runs without sparsity, with forced acceptance, or stored
-    before standard errors were, make no claim and have none.
+    A family are the runs of one task, data, model and device. Runs without sparsity, with forced acceptance, that were
+    stopped early, or stored before standard errors were, make no claim and have none.
 
     Args:
         margin: the least loss that would matter, above 0; MARGINS when left out.
@@ -100,7 +104,8 @@ def verdicts(
     families: dict[tuple[str, str, str, str], list[tuple[str, Difference]]] = {}
     for row in rows:
         found = row.delta if quantity == "quality" else row.reference_delta
-        if row.counted and row.axes and not row.forced and found.value is not None and found.clusters is not None:
+        measured = found.value is not None and found.clusters is not None
+        if row.status == "ok" and row.axes and not row.forced and measured:
             family = families.setdefault((row.task, row.data, row.model, row.device), [])
             family.append((row.fingerprint, found))
     told = {}

@@ -24,20 +24,8 @@ BUDGET_KEYS = {
 """Axis of METHOD sections 2 to 5 -> the keys that say how much of it is left out."""
 
 _TASK_LABELS = {"bucket": "{}", "context_tokens": "{} tok", "depth": "depth {}"}
-_NOT_SETTING = (
-    *(
-        "track",
-        "results_dir",
-        "rerun",
-        "stale",
-        "hydra",
-        "arms",
-        "analysis",
-        "exclusive",
-        "prefill_memory_gb",
-        "dry_run",
-    ),
-)
+_MACHINERY = ("exclusive", "prefill_memory_gb", "dry_run")
+_NOT_SETTING = ("track", "results_dir", "rerun", "stale", "hydra", "arms", "analysis", *_MACHINERY)
 _FILES = ("calibration", "file_hashes")
 _SHOWN_ELSEWHERE = (
     *("task.name", "task.source", "task.data_files", "task.data_sha256", "task.bucket", "task.context_tokens"),

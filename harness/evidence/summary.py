@@ -71,7 +71,6 @@ def build_summary(
 ) -> dict[str, Any]:
     """The whole of summary.json.
 
-    `exclusive` says whether the timed part had its cores or its GPU for itself: else times are unreliable.
     A run given as ok or partial becomes `invalid` when `problems` finds any. A failed run keeps no measurement, an
     invalid one keeps its arms for diagnosis but claims no comparison. Texts are scrubbed of paths.
 

@@ -5,9 +5,7 @@ The keys are those that `scripts.workspace` draws, so a key is written in this f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,19 +49,6 @@ def tags(config: Mapping[str, Any]) -> list[str]:
     """Task, model, drafter and the axes that are sparse; nothing of launcher or machine."""
     names = [name_of(config, group) for group in ("task", "model", "draft") if config.get(group)]
     return [tag[:_LONGEST_TAG] for tag in dict.fromkeys([*names, *(axes_on(config) or ("dense",))]) if tag]
-
-
-def sweep_of(results_dir: Path, fingerprint: str) -> str | None:
-    """Name of the newest sweep that lists a run among its members (<results_dir>/sweeps/<name>.json), or None."""
-    files = sorted((results_dir / "sweeps").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files:
-        try:
-            members = json.loads(file.read_text(encoding="utf-8"))["members"]
-            if any(member["fingerprint"] == fingerprint for member in members):
-                return file.stem
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
 
 
 def example_row(record: Record, *, texts: bool) -> dict[str, Any]:

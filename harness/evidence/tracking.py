@@ -88,8 +88,6 @@ class WandbTracker:
     def start(self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None) -> None:
         """Open the W&B run; `run_dir` is named by its fingerprint in the configuration.
 
-        Without a group, the run joins that of the newest sweep which lists it as a member.
-
         Raises:
             TrackingError: online without a login or a connection, or W&B refuses a name.
         """
@@ -98,7 +96,7 @@ class WandbTracker:
             self._run = self._open(
                 job_type=JOB,
                 name=name,
-                group=group or tracked.sweep_of(self.results, run_dir.name),
+                group=group,
                 tags=tracked.tags(config),
                 config={**portable(config), "fingerprint": run_dir.name},
             )

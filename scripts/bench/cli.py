@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from harness import exclusive
 from harness.engine.model import loading
 from harness.fields import ConfigError
 from scripts.bench import checks, growth, loops, ops, peers, records, setting, steps
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     screen = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     try:
-        result = run(options, screen)
+        with exclusive.alone("cpu", True, lambda: screen.print("waiting until another run on this machine has ended")):
+            result = run(options, screen)
     except checks.Red as red:
         print(red, file=sys.stderr)
         print(json.dumps({"status": "failed", "problems": red.problems}))

@@ -130,14 +130,15 @@ SIZES: Mapping[str, Size] = {
 }
 
 
-def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> list[Stage]:
+def stages(scale: str, data: Data, model: str, carving: Path, head: Path, texts: Sequence[Path] = ()) -> list[Stage]:
     """Everything that a scale runs, in order.
 
     Args:
         scale: one of SCALES.
         data: of the tasks.
         model: choice of the model group.
-        carving, head: where the carved model and the EAGLE-3 head of ``model`` lie once they are made.
+        carving, head: files of the carved model and of the EAGLE-3 head of ``model``, once they are made.
+        texts: that the head learns from; without them, and without a head, stages that need one are left out.
     Raises:
         DataError: a task's file is missing.
     """
@@ -151,9 +152,10 @@ def stages(scale: str, data: Data, model: str, carving: Path, head: Path) -> lis
         found.append(Stage("carve", "SmolLM2 cut into experts", (), ("scripts.carve_moe",), 240.0, carving))
         found.append(_sweep("moe_curve", "squad", size, data, {"moe.union": size.experts}))
     if size.drafters:
-        needs_head = ours and "eagle3" in size.drafters
-        drafters = size.drafters if needs_head else size.drafters.partition(",")[0]
-        found += [Stage("head", "an EAGLE-3 head", (), ("scripts.train_draft",), 2700.0, head)] if needs_head else []
+        needs_head = ours and "eagle3" in size.drafters and bool(texts or head.is_file())
+        drafters = size.drafters if needs_head else size.drafters.partition(",eagle3")[0]
+        training = ("scripts.train_draft", "--minutes", "40", "--text", *map(str, texts))
+        found += [Stage("head", "an EAGLE-3 head", (), training, 3000.0, head)] if needs_head else []
         found += [_drafters(task, drafters, size, data) for task in ("xsum", "squad_long")]
         if needs_head:
             found.append(_joined("joined_fast", "squad_long", size, data))
@@ -214,9 +216,7 @@ def _task(task: str, size: Size, data: Data) -> list[str]:
     return [*overrides, *long, f"analysis={size.analysis}"]
 
 
-def commands(found: Sequence[Stage]) -> list[str]:
-    """What a person would type for each stage."""
-    return [
-        shlex.join(["python", "run.py", *one.overrides] if one.overrides else ["python", "-m", *one.module])
-        for one in found
-    ]
+def command(stage: Stage, more: Sequence[str] = ()) -> str:
+    """What a person would type for a stage; `more` are further overrides of run.py."""
+    words = ["run.py", *stage.overrides, *more] if stage.overrides else ["-m", *stage.module]
+    return shlex.join(["python", *words])

@@ -13,7 +13,6 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from harness.fields import ConfigError
-from scripts.tuning.space import Value
 from scripts.tuning.trials import Outcome
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -49,11 +48,6 @@ def outcomes(study: optuna.Study) -> dict[int, Outcome]:
     """Number -> outcome of every trial that ended."""
     ended = study.get_trials(deepcopy=False, states=ENDED)
     return {trial.number: Outcome.of(trial.user_attrs["outcome"]) for trial in ended}
-
-
-def settings(study: optuna.Study) -> dict[int, dict[str, Value]]:
-    """Number -> the values that a trial sampled; empty for the default."""
-    return {trial.number: dict(trial.user_attrs.get("values") or {}) for trial in study.get_trials(deepcopy=False)}
 
 
 def has_default(study: optuna.Study) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from harness.evidence import Record, StoreError, fingerprint
 from harness.evidence.store import read_json
-from harness.runner import RunFailed
+from harness.runner import RunFailed, Watch
 from harness.schema import Config, ConfigError
 from scripts.tuning.measure import Estimate, Measure, Table
 from scripts.tuning.pruning import Bar, watcher
@@ -22,8 +22,6 @@ from tasks.base import TaskError
 State = Literal["measured", "pruned", "failed", "impossible", "repeated"]
 COUNTED: tuple[State, ...] = ("measured", "pruned", "failed")
 """Outcomes of trials that cost time."""
-
-Watch = Callable[[Sequence[Record]], str | None]
 
 
 class Run(Protocol):

@@ -83,6 +83,12 @@ def test_memory_is_bounded_and_the_prompt_used_longest_ago_goes() -> None:
     assert prefills.hits == 2
     engine.prefill(prompts[1])
     assert prefills.hits == 2
+    store.shrink(probe.nbytes)
+    assert 0 < store.nbytes <= probe.nbytes
+    store.shrink(0)
+    hits = prefills.hits
+    engine.prefill(prompts[1])
+    assert store.nbytes == 0 and prefills.hits == hits
     small = PrefillStore(probe.nbytes - 1)
     decoder(Prefills(small)).prefill(prompts[0])
     assert small.nbytes == 0

@@ -26,6 +26,8 @@ def test_the_detectable_difference_by_hand():
     assert inference.detectable(2.0, 10, 10, bounded=True) == pytest.approx(2 * 3.145, rel=1e-3)
     assert inference.detectable(0.0, 24, 0, bounded=True) == pytest.approx(100 * (1 - 0.05 ** (1 / 24)))
     assert inference.detectable(0.0, 24, 0, bounded=False) is inference.detectable(None, 1, 0, bounded=True) is None
+    few = inference.detectable(2.0, 10, 10, bounded=True, effective=3)
+    assert few == pytest.approx(2 * (4.303 + 1.061), rel=1e-3), "unequal clusters count as fewer"
     one = inference.detectable(0.4, 24, 1, bounded=True)
     assert (1 - one / 100) ** 24 + 24 * one / 100 * (1 - one / 100) ** 23 == pytest.approx(0.05)
 
@@ -91,6 +93,8 @@ def test_verdicts_name_what_was_shown(families):
     assert (verdict.kind, verdict.within, str(verdict)) == ("loss", True, "loss < 1")
     assert str(inference.verdicts([small], "quality", margin=0.1)[small.fingerprint]) == "loss"
     assert inference.verdicts([replace(small, forced=True)], "quality") == {}
+    stopped = replace(small, status="partial")
+    assert inference.verdicts([stopped], "quality") == {}, "a search stops those that look bad: that is no sample"
 
 
 def test_more_settings_make_every_claim_harder(families):

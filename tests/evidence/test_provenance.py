@@ -75,7 +75,7 @@ def test_contents_of_folders_are_told_apart(tmp_path):
 
 
 def test_sources_follow_code_and_bundled_data_only(tmp_path):
-    for name in ("sparse/a.py", "harness/b.py", "tasks/data/c.jsonl", "tasks/notes.md", "scripts/d.py"):
+    for name in ("sparse/a.py", "harness/b.py", "tasks/data/c.jsonl", "tasks/notes.md", "scripts/d.py", "sparse/k.h"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     before = provenance.sources_hash(tmp_path)
@@ -83,6 +83,7 @@ def test_sources_follow_code_and_bundled_data_only(tmp_path):
         ("scripts/d.py", False),
         ("tasks/notes.md", False),
         ("sparse/a.py", True),
+        ("sparse/k.h", True),
         ("tasks/data/c.jsonl", True),
     ):
         (tmp_path / name).write_text("2")

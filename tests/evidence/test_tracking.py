@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import socket
 import struct
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.evidence import build_summary, tracked, tracking
+from harness.evidence import build_summary, tracking
 from scripts import workspace
 from tests.evidence_samples import ARMS, config, example, stored_run
 
@@ -100,12 +99,9 @@ def offline(tmp_path_factory):
         patched.setenv("HOME", str(tmp_path_factory.mktemp(HOME)))
         patched.setenv("WANDB_API_KEY", KEY)
         stores = {kind: stored_run(results, settings_of(kind), examples=3) for kind in ("ffn", "moe")}
-        members = [{"overrides": [], "fingerprint": store.path.name} for store in stores.values()]
-        (results / "sweeps").mkdir()
-        (results / "sweeps" / "curve-0123abcd.json").write_text(json.dumps({"members": members}))
         for kind, store in stores.items():
             tracker = tracking.make("offline", results_dir=results, project="p", texts=kind == "moe")
-            tracker.start(settings_of(kind), store.path, f"run {kind}", None)
+            tracker.start(settings_of(kind), store.path, f"run {kind}", "curve-0123abcd")
             for row in store.records():
                 tracker.log_example(row)
             tracker.finish(store.summary(), store.records())
@@ -300,17 +296,6 @@ def test_online_without_a_login_says_what_to_choose(tmp_path, monkeypatch):
     with pytest.raises(tracking.TrackingError, match=r"choose track=wandb_offline or track=none$"):
         tracker.start(config(), tmp_path / "runs" / "a", "n", None)
     tracker.finish(None)
-
-
-def test_the_newest_sweep_that_lists_a_run_is_its_group(tmp_path):
-    folder = tmp_path / "sweeps"
-    folder.mkdir()
-    for age, name in enumerate(("new-2", "old-1")):
-        (folder / f"{name}.json").write_text(json.dumps({"members": [{"fingerprint": "a"}]}))
-        os.utime(folder / f"{name}.json", (1e9 - age, 1e9 - age))
-    (folder / "torn.json").write_text("{")
-    assert tracked.sweep_of(tmp_path, "a") == "new-2"
-    assert tracked.sweep_of(tmp_path, "b") is None and tracked.sweep_of(tmp_path / "none", "a") is None
 
 
 def test_a_results_folder_without_tables_is_no_report(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from harness import build, estimate, runner
 from harness.evidence import Record
 from harness.schema import Config, resolve
+from harness.timing import OtherLoad
 from tests.harness.test_runner import TINY, stored
 
 Compose = Callable[..., dict[str, Any]]
@@ -89,7 +90,7 @@ def test_a_run_that_shares_the_machine_says_so(configured: Callable[..., Config]
 def test_a_dry_run_tells_the_time_and_stores_nothing(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_FORESEEN", set())
+    monkeypatch.setattr(estimate, "_FORESEEN", {})
     dry, real = configured("dry_run=true"), configured()
 
     def told() -> dict[str, Any]:
@@ -108,3 +109,37 @@ def test_a_dry_run_tells_the_time_and_stores_nothing(
     capsys.readouterr()
     done = told()
     assert done["missing"] == 0 and done["expected_seconds"] == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_run_goes_on(
+    when: str, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that waited, or loaded, and had no example yet: it must not count as finished."""
+    config = configured("task.limit=2")
+
+    def interrupt(records: Sequence[Record]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if when == "before":
+            patched.setattr(build, "load", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(config, watch=interrupt)
+    runner.run(config)
+    summary, records, _ = stored(config)
+    assert summary["status"] == "ok" and len(records) == 6
+
+
+def test_a_resumed_run_remembers_what_disturbed_its_first_half(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured("task.limit=2")
+    with monkeypatch.context() as patched:
+        patched.setattr(OtherLoad, "share", lambda self: 0.6)
+        runner.run(config, watch=lambda records: "enough")
+    monkeypatch.setattr(OtherLoad, "share", lambda self: 0.0)
+    runner.run(config)
+    summary = stored(config)[0]
+    assert summary["status"] == "ok" and summary["exclusive"] is False
+    assert any("used 60% of the CPU" in note for note in summary["notes"])

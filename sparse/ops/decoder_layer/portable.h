@@ -160,7 +160,7 @@ struct Portable {
     Lanes lanes = {};
     for (int64_t s = 0; s < number; s++, scores += kStrip) {
       const Lanes score = load(scores);
-      const Lanes weight = score > kNothing ? exponential(score - highest) : Lanes{};
+      const Lanes weight = score == kNothing ? Lanes{} : exponential(score - highest);
       store(scores, weight);
       lanes += weight;
     }
@@ -179,9 +179,9 @@ struct Portable {
       const auto* values = static_cast<const float*>(strips[s].values) + from;
       for (int64_t i = 0; i < strips[s].count; i++, values += head_dim) {
         const float* own = weights + s * kStrip + i;
-        float heaviest = own[0];
-        for (int r = 1; r < R; r++) heaviest = std::max(heaviest, own[r * kWidth]);
-        if (heaviest == 0) continue;
+        bool seen = false;
+        for (int r = 0; r < R; r++) seen |= own[r * kWidth] != 0;
+        if (!seen) continue;
         Lanes value = {};
         std::copy_n(values, width, reinterpret_cast<float*>(&value));
         for (int r = 0; r < R; r++) sums[r] += own[r * kWidth] * value;
@@ -194,7 +194,7 @@ struct Portable {
   // most ln(2) / 2 away from zero, by its Taylor series.
   static Lanes exponential(Lanes x) {
     const Lanes least = Lanes{} - 87.0f;
-    x = x > least ? x : least;
+    x = x < least ? least : x;  // what is not a number stays so
     const Lanes n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the sum is a whole number
     const Lanes rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Lanes series = Lanes{} + 1.0f / 5040;
