@@ -40,10 +40,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("told")
 def test_members_know_their_sweep(compose: Compose, tmp_path: Path) -> None:
-    assert cli.sweep_name() is None and sweeping.command() == sweeping.sys.argv
+    assert sweeping.current() is None and sweeping.command() == sweeping.sys.argv
     first, _ = begin(compose, ["attn.topk=8", "task=squad"], ["attn.topk=9", "task=squad"])
     (sweep,) = sweeps.load_sweeps(tmp_path / "results")
-    assert cli.sweep_name() == sweep.title and sweep.name == "squad"
+    assert sweeping.current().title == sweep.title and sweep.name == "squad"
     assert sweeping.arrive(first, 0) == "1/2 " and sweeping.arrive(first, None) == ""
     assert sweeping.command() == sweeping.sys.argv
     assert [member.overrides[0] for member in sweep.members] == ["attn.topk=8", "attn.topk=9"]
@@ -117,7 +117,7 @@ def test_the_name_is_that_of_the_experiment_or_the_tasks(compose: Compose, tmp_p
 @pytest.mark.usefixtures("told")
 def test_a_dry_run_leaves_no_manifest(compose: Compose) -> None:
     begin(compose, ["attn.topk=8", "dry_run=true"], ["attn.topk=9", "dry_run=true"])
-    assert cli.sweep_name() is None and sweeping.finish(0) == 0 and not list(Path().rglob("*.json"))
+    assert sweeping.current() is None and sweeping.finish(0) == 0 and not list(Path().rglob("*.json"))
 
 
 def test_a_held_member_is_left_to_its_process_and_a_held_run_is_bad_input(
