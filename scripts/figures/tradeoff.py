@@ -92,6 +92,8 @@ def kept_tokens(rows: Sequence[Row]) -> Figure | None:
     bottom.set_xlabel("context tokens kept per KV head (attn.topk \u00d7 attn.block_size)")
     top.set_ylabel("decoding speed-up over dense")
     bottom.set_ylabel("quality, points against dense")
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(min(low, -1.0), max(high, 1.0))
     top.plot([], [], color="#555555", linestyle=":", label="limit by bytes read")
     top.plot([], [], color="#555555", linestyle="--", linewidth=1, label="dense verification")
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center")
