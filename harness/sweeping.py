@@ -39,7 +39,6 @@ class Announcement:
     folder: str
     results_dir: str
     call: str
-    process: int
     stderr: list[int]
 
 
@@ -82,7 +81,6 @@ def begin(typed: Sequence[list[str]], configs: Sequence[Config], settings: Any) 
         folder=os.getcwd(),
         results_dir=str(Path(results_dir).absolute()),
         call=uuid.uuid4().hex[:8],
-        process=os.getpid(),
         stderr=_stderr(),
     )
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
