@@ -128,6 +128,25 @@ def _assert_alike(chances: Tensor, top_k: int, kind: str, limit: int | None, cou
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("survival", [1.0, 0.7])
+@pytest.mark.parametrize(("tokens", "count", "limit"), [(2, 4, 1), (6, 24, 3), (12, 20, 5)])
+def test_equal_sums_load_the_first_experts(tokens: int, count: int, limit: int, survival: float) -> None:
+    """With one expert a token each wanted expert has the weight of its tokens, whatever their probabilities."""
+    chances = _probabilities(tokens, count, 0)
+    wanted = chances.argmax(-1).tolist()
+    counts = survival_weights(tokens, survival, chances.device)
+    votes = [sum(counts[t].item() for t in range(tokens) if wanted[t] == expert) for expert in range(count)]
+    assert survival < 1 or len({vote for vote in votes if vote}) < len(set(wanted)), "no two sums are equal"
+    loaded = sorted(range(count), key=lambda expert: (-votes[expert], expert))[:limit]
+    expected = torch.zeros(tokens, count).index_fill_(1, torch.tensor(loaded), 1.0)
+    best = (chances * expected).argmax(-1)
+    budget = MoeBudget(union=limit, survival=survival)
+    by_kernel, _ = experts.restrict(chances, _weights(1, "normalise"), budget, 0)
+    assert torch.equal(_routed(chances, 1, "normalise", budget, counts).argmax(-1), best)
+    assert torch.equal(by_kernel.argmax(-1), best)
+    _assert_alike(chances, 1, "normalise", limit, counts)
+
+
 def test_the_kernel_ranks_equal_experts_by_number() -> None:
     found = kernel_route(torch.full((3, 5), 0.2, device=DEVICE), top_k=2, normalise=True, unit=False, limit=1)
     assert found.cpu().tolist() == [[1.0, 0, 0, 0, 0]] * 3

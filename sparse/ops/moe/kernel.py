@@ -360,10 +360,10 @@ def _route(
     runs = dense
     if RESTRICTED:
         scores = tl.where(dense, values, 0.0)
-        if WEIGHTED:
-            scores = scores * tl.load(survival + row, mask=real, other=0.0)[:, None]
         if NORMALISE:
             scores = scores / sums
+        if WEIGHTED:
+            scores = scores * tl.load(survival + row, mask=real, other=0.0)[:, None]
         wanted = tl.max(dense.to(tl.int32), axis=0) > 0
         score = tl.where(wanted, tl.sum(scores, axis=0), -1.0)
         earlier = (score[:, None] == score[None, :]) & (expert[:, None] < expert[None, :])

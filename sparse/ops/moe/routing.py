@@ -27,7 +27,8 @@ def route(
         probabilities: [tokens, experts], fp32, none of them zero, as :func:`sparse.experts.probabilities` gives them.
         top_k: experts per token, at most their number.
         normalise, unit: as in :class:`sparse.ops.weights.MoeWeights`.
-        limit: most distinct experts for all tokens, ranked by their summed weight; None sets no limit.
+        limit: most distinct experts for all tokens, ranked by their summed weight, equal ones by number; None sets
+            no limit.
         survival: [tokens], fp32, how much each token counts in that ranking; None if all count alike.
         outside: as in :class:`sparse.budget.MoeBudget`.
 
@@ -43,9 +44,7 @@ def route(
     dense = mark(probabilities, probabilities.topk(top_k, dim=-1).indices)
     runs = dense
     if limit is not None and limit < probabilities.shape[1]:
-        tokens = probabilities.shape[0]
-        counts = probabilities.new_full((tokens,), 1 / max(tokens, 1)) if survival is None else survival
-        loaded = best_union(probabilities, dense, dense, limit=limit, normalise=normalise, survival=counts)
+        loaded = best_union(probabilities, dense, dense, limit=limit, normalise=normalise, survival=survival)
         runs = inside_union(probabilities, dense, loaded, outside=outside, top_k=top_k)
     return weigh(probabilities, runs, dense, normalise=normalise, unit=unit)
 
@@ -57,9 +56,12 @@ def mark(probabilities: Tensor, experts: Tensor, keep: Tensor | None = None) -> 
 
 
 def best_union(
-    probabilities: Tensor, dense: Tensor, wanted: Tensor, *, limit: int, normalise: bool, survival: Tensor
+    probabilities: Tensor, dense: Tensor, wanted: Tensor, *, limit: int, normalise: bool, survival: Tensor | None
 ) -> Tensor:
     """The at most ``limit`` experts that are loaded: those of the largest summed weight among the wanted ones.
+
+    Equal sums are common, with one expert a token always: they rank by the expert's number, and each weight is
+    normalised before it is scaled, so that rounding does not tell apart what is equal.
 
     Args:
         probabilities: [tokens, experts], fp32.
@@ -67,17 +69,19 @@ def best_union(
         wanted: mask of the pairs that a token still wants.
         limit: most experts, at most their number.
         normalise: weights of a token count in shares of its dense ones.
-        survival: [tokens], fp32, how much each token counts.
+        survival: [tokens], fp32, how much each token counts; None if all count alike.
 
     Returns:
         [experts], bool.
     """
-    counts = survival[:, None]
+    weights = probabilities * wanted
     if normalise:
-        counts = counts / (probabilities * dense).sum(-1, keepdim=True)
+        weights = weights / (probabilities * dense).sum(-1, keepdim=True)
+    if survival is not None:
+        weights = weights * survival[:, None]
     anyone = wanted.any(0)
-    score = (probabilities * wanted * counts).sum(0).masked_fill_(~anyone, -1.0)
-    return torch.zeros_like(anyone).scatter_(0, score.topk(limit).indices, True) & anyone
+    ranked = weights.sum(0).masked_fill_(~anyone, -1.0).argsort(descending=True, stable=True)
+    return torch.zeros_like(anyone).scatter_(0, ranked[:limit], True) & anyone
 
 
 def inside_union(probabilities: Tensor, wanted: Tensor, loaded: Tensor, *, outside: str, top_k: int) -> Tensor:

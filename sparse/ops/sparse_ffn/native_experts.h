@@ -10,9 +10,10 @@
 namespace sparse_ffn {
 
 // Routes every row to its `top_k` most probable experts; with `limit` below the number of experts only among the
-// `limit` experts of the largest summed weight, the n-th row counting survival^n, so that an expert outside is replaced
-// by the row's next best. Weights: 1 (unit), or probabilities scaled to the sum of the row's own top_k, that sum being
-// 1 where `normalise`. counts: pairs wanted and kept, substituted pairs, distinct experts wanted and run.
+// `limit` experts of the largest summed weight (equal ones by number), the n-th row counting survival^n, so that an
+// expert outside is replaced by the row's next best. Weights: 1 (unit), or probabilities scaled to the sum of the row's
+// own top_k, that sum being 1 where `normalise`. counts: pairs wanted and kept, substituted pairs, distinct experts
+// wanted and run.
 struct Router {
   const float* probabilities;  // [count, experts]
   int64_t count, experts, top_k, limit;
@@ -41,13 +42,14 @@ struct Router {
       best(row, allowed, wanted[row]);
       for (const int64_t e : wanted[row]) sums[row] += own[e];
       for (const int64_t e : wanted[row])
-        scores[e] = std::max(scores[e], 0.0f) + own[e] * weight / (normalise ? sums[row] : 1.0f);
+        scores[e] = std::max(scores[e], 0.0f) + own[e] / (normalise ? sums[row] : 1.0f) * weight;
     }
     if (limit < experts) {
       std::vector<int64_t> order(experts);
       std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + limit, order.end(),
-                        [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+      std::partial_sort(order.begin(), order.begin() + limit, order.end(), [&](int64_t a, int64_t b) {
+        return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+      });
       std::fill(allowed.begin(), allowed.end(), false);
       for (int64_t place = 0; place < limit; place++) allowed[order[place]] = scores[order[place]] >= 0;
     }
