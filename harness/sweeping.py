@@ -83,9 +83,10 @@ def begin(typed: Sequence[list[str]], configs: Sequence[Config], settings: Any) 
         call=uuid.uuid4().hex[:8],
         stderr=_stderr(),
     )
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # processes of the launchers import harness from any folder
+    path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # processes of the launchers import harness from any folder
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys((str(ROOT), *path)))
     told = base64.urlsafe_b64encode(json.dumps(asdict(_started)).encode()).decode()
     return f"+hydra.job.env_set.{VARIABLE}='{told}'"
 
@@ -147,12 +148,14 @@ def finish(code: int) -> int:
     Args:
         code: the exit code so far.
     """
-    if _started is None:
+    global _started
+    started, _started = _started, None
+    if started is None:
         return code
-    sweep = _manifest(_started)
+    sweep = _manifest(started)
     found = sweeps.states(sweep, sources_hash(ROOT))
     for event in sweeps.events(sweep.results_dir, sweep.title):
-        if event.get("call") == _started.call and not event["seen"]:
+        if event.get("call") == started.call and not event["seen"]:
             print(f"[{' '.join(sweep.members[event['member']].overrides)}] {event['error']}", file=sys.stderr)
     counted = sweeps.counts(found)
     words = {"done": "ok", "running": "running elsewhere"}

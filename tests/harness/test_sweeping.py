@@ -120,6 +120,19 @@ def test_a_dry_run_leaves_no_manifest(compose: Compose) -> None:
     assert sweeping.current() is None and sweeping.finish(0) == 0 and not list(Path().rglob("*.json"))
 
 
+@pytest.mark.usefixtures("told")
+def test_a_sweep_ends_with_its_own_last_line(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Later calls in the same process start from a clean slate, also in what their workers find their modules by."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/elsewhere", str(sweeping.ROOT)]))
+    for title in ("squad", "xsum"):
+        begin(compose, [f"task={title}"])
+        assert sweeping.finish(0) == 0 and f"sweep {title}" in capsys.readouterr().err
+        assert sweeping.finish(0) == 0 and capsys.readouterr().err == ""
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(sweeping.ROOT), "/elsewhere"]
+
+
 def test_a_held_member_is_left_to_its_process_and_a_held_run_is_bad_input(
     compose: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
