@@ -18,10 +18,14 @@ SMOLLM2 ?= 0.1.2
 RESULTS ?= results
 ARGS ?=
 
+# Each process would compile its libraries anew, for seven seconds; `make clean` removes what is kept in this folder.
+unexport PYTHONDONTWRITEBYTECODE
+
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-compile --constraint constraints.txt
 STAMP := .venv/.installed
 CLUSTER := .venv/.cluster
+SIDE_BY_SIDE := -n auto --dist loadfile
 
 .PHONY: help run test test-all bench gpu-check carve calibrate lint tables report reproduce clean
 
@@ -36,10 +40,10 @@ run: $(STAMP) ## the first table and figure: runs that are finished already are 
 	$(PY) -m scripts.plots --results $(RESULTS); $(PY) -m scripts.tables --results $(RESULTS); exit $$status
 
 test: $(STAMP) ## the tests, without those that take minutes
-	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+	@$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-all: $(CLUSTER) ## all tests, those on a local Ray cluster included
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q $(SIDE_BY_SIDE) $(ARGS)
 
 bench: $(STAMP) ## times of operators, steps and loops beside the memory limit; ARGS="--peers" or "--suite growth"
 	@$(PY) -m scripts.bench $(ARGS)

@@ -19,6 +19,26 @@ os.environ["SPARSE_VERIFICATION_LOCKS"] = tempfile.mkdtemp(prefix="sparse-verifi
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def _cores() -> list[int]:
+    """Those that this process may use, none where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: one a core, but each holds a gigabyte."""
+    return max(1, min(8, len(_cores())))
+
+
+def pytest_configure() -> None:
+    """Give each worker cores of its own: on shared ones the threads of several workers mostly wait for each other."""
+    worker, cores = os.environ.get("PYTEST_XDIST_WORKER"), _cores()
+    if worker is not None and cores:
+        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        first = int(worker.removeprefix("gw")) % len(cores)
+        os.sched_setaffinity(0, cores[first::workers])
+
+
 @pytest.fixture(scope="session")
 def compose() -> Callable[..., dict[str, Any]]:
     """compose(*overrides) -> the plain mapping that harness.schema.resolve takes."""
