@@ -109,6 +109,7 @@ SIZES: Mapping[str, Size] = {
         contexts="1024,2048,4096,7168",
         anchors="2,3",
         channels="0.9,0.6667",
+        experts="10,6",
         hybrids="64",
         drafters="suffix",
     ),
