@@ -168,12 +168,12 @@ class OneSequence:
         self.keys.masked_fill_(where[:, :, None], NAN)
         self.values.masked_fill_(where[..., None], NAN)
 
-    def means(self, size: int) -> Tensor:
-        """Mean keys of the whole blocks, [kv_heads, head_dim, blocks]; NaN for the others."""
+    def summary(self, name: str, size: int) -> Tensor:
+        """Of the whole blocks of keys, [kv_heads, head_dim, blocks]; NaN for the others."""
         keys = self.keys.permute(1, 2, 0, 3).flatten(2)
         found = torch.full((*keys.shape[:2], keys.shape[2] // size), NAN, dtype=keys.dtype)
         whole = self.start // size
-        found[..., :whole] = summarise_blocks(keys[..., : whole * size], size, "mean")
+        found[..., :whole] = summarise_blocks(keys[..., : whole * size], size, name)
         return found
 
     @property

@@ -14,6 +14,7 @@ from sparse.ops.decoder_layer import naive, native
 from sparse.ops.decoder_layer.native import MIX, PAGE, PROJECT
 from sparse.scoring import block_scores
 from sparse.selection import Selection
+from sparse.tree import survival_weights
 from tests.sparse.decoder_layers import (
     NAN,
     TOLERANCE,
@@ -221,6 +222,8 @@ CHOSEN = [
 ]
 
 
+@pytest.mark.parametrize("query", ["first", "mean", "weighted", "max"])
+@pytest.mark.parametrize("score", native.SCORES)
 @pytest.mark.parametrize("gqa", ["mean", "max"])
 @pytest.mark.parametrize("start, count, kv_heads, groups, size, kept, sinks, window", CHOSEN)
 def test_the_kernel_chooses_the_best_blocks(
@@ -233,35 +236,47 @@ def test_the_kernel_chooses_the_best_blocks(
     sinks: int,
     window: int,
     gqa: str,
+    score: str,
+    query: str,
     dtype: torch.dtype,
 ) -> None:
-    """By score, for the root's queries as they were stored; the others are not read."""
+    """By score, for the queries as they were stored; the others are not read."""
     half = attention(dtype, kv_heads=kv_heads, groups=groups)
-    budget = AttentionBudget(topk=kept, block_size=size, sinks=sinks, window=window, gqa=gqa)
-    one = OneSequence(half, start, count, random_tree(count), block_size=size)
-    means, whole = one.means(size), start // size
+    budget = AttentionBudget(
+        topk=kept, block_size=size, sinks=sinks, window=window, gqa=gqa, score=score, query=query, survival=0.6
+    )
+    tree = random_tree(count)
+    one = OneSequence(half, start, count, tree, block_size=size)
+    summaries, whole = {name: one.summary(name, size) for name in budget.summaries}, start // size
+    shares = survival_weights(count, 1.0 if query == "mean" else 0.6, torch.device("cpu"), tree)
     blocks = torch.full((kv_heads, kept), -1, dtype=torch.int64)
     hidden = normal(count, half.hidden, dtype=dtype)
 
     def run() -> Tensor:
         found, (segments, keep) = hidden.clone(), segments_of([one])
-        segments[0].summary, segments[0].summary_stride = means.data_ptr(), means.shape[2]
+        first, *second = (stored.data_ptr() for stored in summaries.values())
+        segments[0].summary, segments[0].second = first, second[0] if second else None
+        segments[0].summary_stride = one.keys.shape[0] * PAGE // size
+        segments[0].shares = shares.data_ptr() if query in ("mean", "weighted") else None
         segments[0].whole, segments[0].sinks, segments[0].window = whole, sinks, window
         segments[0].blocks, segments[0].chosen, segments[0].tail = blocks.data_ptr(), kept, whole * size
         jobs = native.Jobs()
-        jobs.attend(half.layer, segments, block_size=size, reduce_max=gqa == "max", keep=keep)
+        choice = {"score": score, "every_row": query == "max", "reduce_max": gqa == "max"}
+        jobs.attend(half.layer, segments, block_size=size, keep=keep, **choice)
         jobs.run(found)
         return found
 
     found = run()
     queries = one.queries[:, : count * groups].double()
-    scores = block_scores(queries, {"mean": means[..., :whole].double()}, budget, groups)
+    scores = block_scores(
+        queries, {name: stored[..., :whole].double() for name, stored in summaries.items()}, budget, groups, tree
+    )
     scores[:, :sinks] = scores[:, whole - window :] = torch.inf
     ranked = scores.sort(descending=True).values
     picked = torch.gather(scores, 1, blocks)
-    assert (picked.min(1).values >= ranked[:, kept - 1] - 1e-5).all()
+    assert (picked.min(1).values >= ranked[:, kept - 1] - 1e-5 * scores[:, sinks : whole - window].abs().max()).all()
     assert (blocks.diff() > 0).all() and blocks.min() >= 0 and blocks.max() < whole
-    one.selection, one.tail = naive.choose(queries, {"mean": means}, budget, groups, start), whole * size
+    one.selection, one.tail = naive.choose(queries, summaries, budget, groups, start, tree), whole * size
     assert torch.equal(one.selection.mask(whole).nonzero()[:, 1].view(kv_heads, kept), blocks)
     truth = naive.attention_half(hidden, half.truth, [one.rows])
     assert worst_row(found, truth, hidden) < TOLERANCE[dtype]

@@ -9,7 +9,7 @@ that does not lie right behind the root adds the same numbers up in another orde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from sparse.ops.decoder_layer import native
 from sparse.ops.sparse_ffn import eager as ffn_op
 from sparse.selection import Selection
 from sparse.trace import NATIVE
+from sparse.tree import survival_weights
 
 
 @dataclass(slots=True)
@@ -40,12 +41,27 @@ class _Sequences:
         template: what all layers share of the segments.
         queries: room for the queries of all of them, for layers whose blocks torch operators choose.
         views: of each sequence's queries, [kv_heads, tokens * groups, head_dim].
+        shares: of each sequence's tokens in the query that chooses blocks, [tokens], once a layer has asked.
     """
 
     batch: Batch
     template: Any
     queries: Tensor
     views: list[Tensor] = field(default_factory=list)
+    shares: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+
+    def shares_of(self, index: int, budget: AttentionBudget) -> Tensor | None:
+        """The shares of a sequence's tokens in the query that chooses; None where one token chooses, or each by itself.
+
+        They live as long as the step, because what waits in the queue points at them.
+        """
+        if budget.query not in ("mean", "weighted"):
+            return None
+        key = index, 1.0 if budget.query == "mean" else budget.survival
+        if key not in self.shares:
+            _, part, tree = self.batch.parts[index]
+            self.shares[key] = survival_weights(part.stop - part.start, key[1], torch.device("cpu"), tree)
+        return self.shares[key]
 
 
 class CompiledStep(Step):
@@ -120,14 +136,22 @@ class CompiledStep(Step):
         sequences = self._of_step(batch, cache)
         segments = type(sequences.template).from_buffer_copy(sequences.template)
         attend = partial(
-            self._jobs.attend, layer, segments, block_size=budget.block_size, reduce_max=budget.gqa == "max"
+            self._jobs.attend,
+            layer,
+            segments,
+            block_size=budget.block_size,
+            score=budget.score if budget.score in native.SCORES else "mean",
+            every_row=budget.query == "max",
+            reduce_max=budget.gqa == "max",
         )
         choices: list[Choice | None] = []
-        for segment, (row, _, _) in zip(segments, batch.parts, strict=True):
+        for index, (segment, (row, _, _)) in enumerate(zip(segments, batch.parts, strict=True)):
             segment.keys, segment.values, summaries = cache.addresses(number, row)
             choice = known(run, number, row, cache.lengths[row])
             if choice is None and _covers(budget, number):
-                choice = self._ask(run, number, segment, summaries["mean"], cache, row)
+                shares = sequences.shares_of(index, budget)
+                segment.shares = None if shares is None else shares.data_ptr()
+                choice = self._ask(run, number, segment, summaries, cache, row)
             choices.append(choice)
         parts = native.PROJECT | native.MIX
         if None in choices:
@@ -230,11 +254,14 @@ class CompiledStep(Step):
         self._sequences = found
         return found
 
-    def _ask(self, run: Verification, number: int, segment: Any, summary: int, cache: KVCache, row: int) -> Choice:
+    def _ask(
+        self, run: Verification, number: int, segment: Any, summaries: Mapping[str, int], cache: KVCache, row: int
+    ) -> Choice:
         """Have the kernel choose the blocks; until it has run, the tensor of the choice holds nothing."""
         budget, start = run.sparsity.attention, cache.lengths[row]
         blocks = torch.empty(self.weights.shape.kv_heads, budget.blocks(start), dtype=torch.int64)
-        segment.summary, segment.summary_stride = summary, cache.capacity // cache.block_size
+        segment.summary, segment.second = (*(summaries[name] for name in budget.summaries), None)[:2]
+        segment.summary_stride = cache.capacity // cache.block_size
         segment.whole, segment.sinks, segment.window = start // budget.block_size, budget.sinks, budget.window
         return retrieved(run, number, row, start, Selection(blocks, None, blocks.numel()))
 
@@ -255,8 +282,7 @@ class CompiledStep(Step):
 
 def _covers(budget: AttentionBudget, layer: int) -> bool:
     """Whether the kernel chooses the blocks by itself."""
-    plain = budget.score == "mean" and budget.query == "first" and budget.heads == "per_head"
-    return plain and not budget.low(layer)
+    return budget.score in native.SCORES and budget.heads == "per_head" and not budget.low(layer)
 
 
 def _attend(segment: Any, choice: Choice) -> tuple[Tensor | None, ...]:

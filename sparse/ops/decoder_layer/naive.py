@@ -132,7 +132,12 @@ def grouped(queries: Tensor, kv_heads: int) -> Tensor:
 
 
 def choose(
-    queries: Tensor, summaries: Mapping[str, Tensor], budget: AttentionBudget, groups: int, start: int
+    queries: Tensor,
+    summaries: Mapping[str, Tensor],
+    budget: AttentionBudget,
+    groups: int,
+    start: int,
+    tree: Tree | None = None,
 ) -> Selection:
     """The blocks that a step attends to (METHOD section 2).
 
@@ -143,10 +148,11 @@ def choose(
         budget: blocks to keep and how they are scored; must leave out at least one block.
         groups: query heads per KV head.
         start: positions before the step.
+        tree: of the tokens; None for a chain.
     """
     whole = start // budget.block_size
     valid = {name: stored[..., :whole].double() for name, stored in summaries.items()}
-    scores = block_scores(queries.double(), valid, budget, groups)
+    scores = block_scores(queries.double(), valid, budget, groups, tree)
     return select_blocks(scores, budget, budget.blocks(start))
 
 

@@ -87,7 +87,7 @@ struct AttentionHalf {
       for (int64_t head = 0; head < a.kv_heads; head++)
         for (int64_t from = 0; from < segment.whole; from += kScored)
           if (piece++ % team.size == thread)
-            score_blocks<B>(a, segment, job.reduce_max, head, {from, std::min(from + kScored, segment.whole)}, scores_of(s, head));
+            BlockScores<B>(a, job, segment, head).fill({from, std::min(from + kScored, segment.whole)}, scores_of(s, head));
     }
     team.wait();
     for (int64_t s = 0, piece = 0; s < number; s++) {

@@ -36,6 +36,8 @@ PROJECT, MIX = 1, 2
 """Parts of the attention half."""
 STAGES = ("linear", "select", "attention", "ffn")
 """Components whose seconds a call adds up, in the order of its array."""
+SCORES = ("mean", "bound", "gaussian")
+"""What blocks are judged by, numbered as in types.h."""
 
 _log = logging.getLogger(__name__)
 
@@ -221,6 +223,8 @@ class Jobs:
         segments: Any,
         *,
         block_size: int,
+        score: str = "mean",
+        every_row: bool = False,
         reduce_max: bool = False,
         parts: int = PROJECT | MIX,
         beside: Tensor | None = None,
@@ -232,6 +236,9 @@ class Jobs:
             layer: whose.
             segments: array of :data:`structures.Segment`, one per sequence, which own the tokens in order.
             block_size: positions per block, where segments attend to chosen blocks.
+            score: of :data:`SCORES`, what the kernel judges blocks by, for segments that have summaries.
+            every_row: a block counts by the best score of all tokens, instead of that of the first token or, where the
+                segment has ``shares``, of the tokens' sum.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
             parts: :data:`PROJECT` leaves the queries in the segments, :data:`MIX` goes on from there.
             beside: [tokens, hidden], contiguous: rows projected beside the hidden states, where the layer has a norm
@@ -246,6 +253,8 @@ class Jobs:
                 number=len(segments),
                 parts=parts,
                 block_size=block_size,
+                score=SCORES.index(score),
+                every_row=every_row,
                 reduce_max=reduce_max,
             )
         )

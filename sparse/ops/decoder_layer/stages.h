@@ -6,6 +6,8 @@
 namespace decoder_layer {
 
 constexpr int64_t kScored = 256;  // blocks scored at once
+constexpr int64_t kAtOnce = 4;    // by so many vectors
+constexpr int64_t kLargestHead = 512;
 
 enum Stage { kLinear, kSelect, kAttend, kFeedForward };
 
@@ -174,45 +176,121 @@ void place_token(const Attention& a, const Segment& segment, int64_t token, cons
   }
 }
 
-// Scores of the blocks in a range for one KV head: mean key times the root's query, over its query heads by mean or
-// maximum; sink and window blocks always win.
+// sums[v][block] += vectors[v] . summary[:, block] for the blocks of a range, up to kAtOnce vectors of d values.
 template <typename B>
-void score_blocks(const Attention& a, const Segment& segment, bool reduce_max, int64_t head, Range range, float* scores) {
-  using Scalar = typename B::Scalar;
-  const int64_t d = a.head_dim, groups = a.heads / a.kv_heads, count = range.to - range.from;
-  const auto* queries = static_cast<const Scalar*>(segment.queries) + head * padded(segment.count * groups, kTileRows) * d;
-  const auto* means = static_cast<const Scalar*>(segment.summary) + head * d * segment.summary_stride;
-  float sums[kScored], mean[kScored], query[512];
-  const auto add = [&](const float* vector) {
-    std::fill_n(sums, count, 0.0f);
-    for (int64_t i = 0; i < d; i++) {
-      B::widen(means + i * segment.summary_stride + range.from, count, mean);
-      for (int64_t block = 0; block < count; block++) sums[block] += vector[i] * mean[block];
+void add_products(const typename B::Scalar* summary, int64_t stride, Range range, const float (*vectors)[kLargestHead],
+                  int64_t number, int64_t d, float (*sums)[kScored]) {
+  const int64_t count = range.to - range.from;
+  float values[kScored];
+  for (int64_t i = 0; i < d; i++) {
+    B::widen(summary + i * stride + range.from, count, values);
+    for (int64_t v = 0; v < number; v++) {
+      const float factor = vectors[v][i];
+      for (int64_t block = 0; block < count; block++) sums[v][block] += factor * values[block];
     }
-  };
-  float* out = scores + range.from;
-  if (reduce_max) {
-    std::fill_n(out, count, kNothing);
-    for (int64_t group = 0; group < groups; group++) {
-      B::widen(queries + group * d, d, query);
-      add(query);
-      for (int64_t block = 0; block < count; block++) out[block] = std::max(out[block], sums[block]);
-    }
-  } else {
-    float total[512] = {};
-    for (int64_t group = 0; group < groups; group++) {
-      B::widen(queries + group * d, d, query);
-      for (int64_t i = 0; i < d; i++) total[i] += query[i] / groups;
-    }
-    add(total);
-    std::copy_n(sums, count, out);
-  }
-  for (int64_t block = range.from; block < range.to; block++) {
-    if (std::isnan(scores[block])) scores[block] = kNothing;
-    if (block < segment.sinks || block >= segment.whole - segment.window)
-      scores[block] = std::numeric_limits<float>::infinity();
   }
 }
+
+// The scores of one KV head's blocks, a range at a time: Job says how.
+template <typename B>
+class BlockScores {
+  using Scalar = typename B::Scalar;
+
+ public:
+  BlockScores(const Attention& attention, const Job& todo, const Segment& own, int64_t kv_head)
+      : job(todo), segment(own), head(kv_head), d(attention.head_dim), groups(attention.heads / attention.kv_heads),
+        queries(static_cast<const Scalar*>(own.queries) + kv_head * padded(own.count * groups, kTileRows) * d) {}
+
+  // Sink and window blocks always win.
+  void fill(Range range, float* scores) const {
+    const int64_t count = range.to - range.from;
+    float* out = scores + range.from;
+    float best[kScored];
+    if (job.score == kMean && !job.every_row && !job.reduce_max) {
+      of_mean_query(range, out);
+    } else {
+      std::fill_n(out, count, job.reduce_max ? kNothing : 0.0f);
+      for (int64_t group = 0; group < groups; group++) {
+        of_group(group, range, best);
+        for (int64_t block = 0; block < count; block++)
+          out[block] = job.reduce_max ? std::max(out[block], best[block]) : out[block] + best[block] / groups;
+      }
+    }
+    for (int64_t block = range.from; block < range.to; block++) {
+      if (std::isnan(scores[block])) scores[block] = kNothing;
+      if (block < segment.sinks || block >= segment.whole - segment.window)
+        scores[block] = std::numeric_limits<float>::infinity();
+    }
+  }
+
+ private:
+  using Vectors = float[kAtOnce][kLargestHead];
+
+  const Job& job;
+  const Segment& segment;
+  const int64_t head, d, groups;
+  const Scalar* queries;
+
+  // The query of a group that stands for all tokens: the first one's, or the sum of them by their shares.
+  void query_of(int64_t group, float* out) const {
+    B::widen(queries + group * d, d, out);
+    if (!segment.shares) return;
+    float other[kLargestHead];
+    for (int64_t i = 0; i < d; i++) out[i] *= segment.shares[0];
+    for (int64_t row = 1; row < segment.count; row++) {
+      B::widen(queries + (row * groups + group) * d, d, other);
+      for (int64_t i = 0; i < d; i++) out[i] += segment.shares[row] * other[i];
+    }
+  }
+
+  // Mean keys times a vector are linear in it: one vector serves all query heads.
+  void of_mean_query(Range range, float* out) const {
+    Vectors total = {};
+    float query[kLargestHead], sums[kAtOnce][kScored] = {};
+    for (int64_t group = 0; group < groups; group++) {
+      query_of(group, query);
+      for (int64_t i = 0; i < d; i++) total[0][i] += query[i] / groups;
+    }
+    add_products<B>(summary(segment.summary), segment.summary_stride, range, total, 1, d, sums);
+    std::copy_n(sums[0], range.to - range.from, out);
+  }
+
+  // Scores by one query head, the best of its rows where every row counts.
+  void of_group(int64_t group, Range range, float* best) const {
+    const int64_t count = range.to - range.from, rows = job.every_row ? segment.count : 1;
+    std::fill_n(best, count, kNothing);
+    Vectors vectors;
+    for (int64_t first = 0; first < rows; first += kAtOnce) {
+      const int64_t number = std::min(kAtOnce, rows - first);
+      for (int64_t v = 0; v < number; v++) {
+        if (job.every_row) B::widen(queries + ((first + v) * groups + group) * d, d, vectors[v]);
+        else query_of(group, vectors[v]);
+      }
+      float sums[kAtOnce][kScored] = {};
+      judge(vectors, number, range, sums);
+      for (int64_t v = 0; v < number; v++)
+        for (int64_t block = 0; block < count; block++) best[block] = std::max(best[block], sums[v][block]);
+    }
+  }
+
+  void judge(const Vectors& vectors, int64_t number, Range range, float (*sums)[kScored]) const {
+    const int64_t stride = segment.summary_stride;
+    if (job.score == kMean) return add_products<B>(summary(segment.summary), stride, range, vectors, number, d, sums);
+    Vectors with_first, with_second;
+    for (int64_t v = 0; v < number; v++)
+      for (int64_t i = 0; i < d; i++) {
+        const float value = vectors[v][i];
+        with_first[v][i] = job.score == kBound ? std::min(value, 0.0f) : value;
+        with_second[v][i] = job.score == kBound ? std::max(value, 0.0f) : value * value / 2;
+      }
+    add_products<B>(summary(segment.summary), stride, range, with_first, number, d, sums);
+    add_products<B>(summary(segment.second), stride, range, with_second, number, d, sums);
+  }
+
+  const Scalar* summary(const void* stored) const {
+    return static_cast<const Scalar*>(stored) + head * d * segment.summary_stride;
+  }
+};
 
 // The `chosen` blocks with the highest scores, ascending; of equal ones the first.
 inline void choose_blocks(const float* scores, int64_t whole, int64_t chosen, float* sorted, int64_t* out) {

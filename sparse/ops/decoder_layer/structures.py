@@ -20,9 +20,9 @@ Segment: Any = _structure(
     **dict.fromkeys(("first", "count", "start", "before"), SIZE),
     **dict.fromkeys(("positions", "keys", "values", "visible", "blocks", "kept"), POINTER),
     **dict.fromkeys(("chosen", "tail"), SIZE),
-    summary=POINTER,
+    **dict.fromkeys(("summary", "second"), POINTER),
     **dict.fromkeys(("summary_stride", "whole", "sinks", "window"), SIZE),
-    queries=POINTER,
+    **dict.fromkeys(("shares", "queries"), POINTER),
 )
 """The tokens of one sequence in a step; the fields are explained in types.h."""
 Attention: Any = _structure(
@@ -42,7 +42,7 @@ SparseFeedForward: Any = _structure(
 Job: Any = _structure(
     "Job",
     **dict.fromkeys(("attention", "feed_forward", "sparse", "segments", "beside", "survival", "chosen"), POINTER),
-    **dict.fromkeys(("number", "parts", "block_size", "reduce_max", "ranked", "keep"), SIZE),
+    **dict.fromkeys(("number", "parts", "block_size", "score", "every_row", "reduce_max", "ranked", "keep"), SIZE),
     threshold=FLOAT,
 )
 

@@ -29,8 +29,10 @@ struct Segment {
   int64_t* blocks;           // [kv_heads, chosen], ascending or not; null attends to everything
   const int64_t* kept;       // [kv_heads]: so many of `blocks` count; null for all
   int64_t chosen, tail;      // blocks per KV head; position from which on everything is attended to
-  const void* summary;       // [kv_heads, head_dim, summary_stride]: mean keys to choose by; null: the blocks are given
+  // [kv_heads, head_dim, summary_stride]: what blocks are chosen by, as Job.score says; null: the blocks are given.
+  const void *summary, *second;
   int64_t summary_stride, whole, sinks, window;
+  const float* shares;  // [count]: of the tokens in the queries that choose; null: see Job.every_row
   void* queries;             // [kv_heads, padded rows * groups, head_dim]: rotated, scaled
 };
 
@@ -61,10 +63,15 @@ struct SparseFeedForward {
   float eps;
 };
 
+enum Score : int64_t { kMean, kBound, kGaussian };
+
 // Half a layer for the tokens of a step: all but one of attention, feed_forward and sparse are null. parts: 1 projects, stores keys and
 // values and leaves the queries in the segments, 2 attends from there on, 3 does both. block_size belongs to the blocks
-// of the segments; reduce_max scores them by the maximum over the query heads of a KV head instead of the mean. beside
-// [tokens, hidden] stands before the hidden states in what is projected, each part normed; null without.
+// of the segments, whose scores are those of sparse.scoring.block_scores: by the mean key (kMean), by bounds of summary =
+// minimum and second = maximum (kBound), by summary = mean and second = variance (kGaussian); of the first token, of the
+// sum of all tokens by their shares, or with every_row the best of all tokens; over the query heads of a KV head their
+// mean or, with reduce_max, their maximum. beside [tokens, hidden] stands before the hidden states in what is projected,
+// each part normed; null without.
 //
 // Of a sparse half the first `ranked` tokens say which channels count, by the maximum of their magnitudes or by sums
 // weighted with survival; `keep` of them are chosen, or with keep = 0 those of at least `threshold`. chosen [2 + width]
@@ -77,7 +84,7 @@ struct Job {
   const void* beside;
   const float* survival;
   int64_t* chosen;
-  int64_t number, parts, block_size, reduce_max, ranked, keep;
+  int64_t number, parts, block_size, score, every_row, reduce_max, ranked, keep;
   float threshold;
 };
 
