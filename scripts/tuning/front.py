@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scripts.tuning.measure import Estimate, Table, excess
+from scripts.tuning.measure import LEVEL, ONE_SE, Estimate, Table, excess
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +31,26 @@ def pareto(points: Mapping[int, tuple[float, float]]) -> list[int]:
 def choose(tables: Mapping[int, Table], default: int, limit: float | None) -> Choice:
     """The fastest trial whose loss surely keeps to the limit.
 
-    "Surely" is at the pessimistic end of an interval of one standard error: the best of many settings by point estimate
-    is a lucky one more often than not. Without a `limit` the default's own loss is the limit, compared on the same
-    examples. Where none keeps to it surely, the fastest that does by point estimate; where none does, the one of least
-    loss.
+    "Surely" is at the pessimistic end of a 95% interval, because the best of many settings by point estimate is a lucky
+    one more often than not. Without a `limit` the default's own loss is the limit, compared on the same examples. Where
+    nothing faster than the default keeps to it surely, an interval of one standard error decides, then the point
+    estimate; where none keeps to it at all, the one of least loss is chosen.
     """
     speeds = {number: table.speed().value for number, table in tables.items()}
     losses = {number: table.loss().value for number, table in tables.items()}
-    over = {number: excess(table, tables[default], limit) for number, table in tables.items()}
     if limit is None:
-        over[default] = Estimate(0.0, (0.0, 0.0))
         name = "at most the default's on the same examples"
     else:
         name = "any size" if math.isinf(limit) else f"at most {limit:.4g}"
-    surely = [number for number, one in over.items() if one.ci is not None and one.ci[1] <= 0]
+    over: dict[int, Estimate] = {}
+    for level, words in ((LEVEL, "with 95% confidence"), (ONE_SE, "by one standard error")):
+        over = {number: excess(table, tables[default], limit, level=level) for number, table in tables.items()}
+        if limit is None:
+            over[default] = Estimate(0.0, (0.0, 0.0))
+        surely = [number for number, one in over.items() if one.ci is not None and one.ci[1] <= 0]
+        if surely and (best := _best(surely, speeds)) != default:
+            return Choice(best, f"the fastest with a loss of {name}, {words}")
     nearly = [number for number, one in over.items() if one.value <= 0]
-    if surely:
-        return Choice(_best(surely, speeds), f"the fastest with a loss of {name}, by one standard error")
     if nearly:
         return Choice(_best(nearly, speeds), f"the fastest with a loss of {name}, by the point estimate alone")
     least = min(losses, key=lambda number: (losses[number], -speeds[number]))

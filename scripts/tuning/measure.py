@@ -141,14 +141,14 @@ def against(left: Table, right: Table, *, level: float = LEVEL) -> tuple[Estimat
     return _estimate(totals, _ratio_of_speeds, level), _estimate(totals, _difference_of_losses, level)
 
 
-def excess(table: Table, default: Table, limit: float | None) -> Estimate:
-    """By how much a loss is above `limit`, with an interval of one standard error.
+def excess(table: Table, default: Table, limit: float | None, *, level: float = ONE_SE) -> Estimate:
+    """By how much a loss is above `limit`, with an interval, of one standard error unless another level is asked for.
 
     None stands for the loss of the default setting, compared on the examples that both have.
     """
     if limit is None:
-        return against(table, default, level=ONE_SE)[1]
-    loss = _estimate(table.totals()[:, 4:], bootstrap.mean_difference, ONE_SE)
+        return against(table, default, level=level)[1]
+    loss = _estimate(table.totals()[:, 4:], bootstrap.mean_difference, level)
     return Estimate(loss.value - limit, None if loss.ci is None else (loss.ci[0] - limit, loss.ci[1] - limit))
 
 

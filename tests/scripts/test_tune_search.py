@@ -14,7 +14,7 @@ from harness.runner import RunFailed
 from harness.schema import resolve, to_dict
 from scripts.tuning import front, pruning, space
 from scripts.tuning import study as stored
-from scripts.tuning.measure import Measure, against
+from scripts.tuning.measure import Measure, against, excess
 from scripts.tuning.search import Effort, Search
 from scripts.tuning.trials import Bench
 from scripts.tuning.validation import held_back, judge
@@ -273,7 +273,10 @@ def test_the_choice_is_the_fastest_that_surely_keeps_to_the_limit():
     assert front.choose(tables, 0, None).number == 1
     assert front.choose(tables, 0, float("inf")).number == 2
     assert front.choose({0: tables[0], 2: tables[2]}, 0, None).number == 0
-    assert "by one standard error" in front.choose(tables, 0, 0.06).rule
+    assert "with 95% confidence" in front.choose(tables, 0, 0.06).rule
+    half_sure = excess(tables[1], tables[0], 0.0).ci[1] * 1.001
+    assert half_sure < excess(tables[1], tables[0], 0.0, level=0.95).ci[1]
+    assert "by one standard error" in front.choose(tables, 0, half_sure).rule
     edge = tables[1].loss().value * 1.001
     assert "point estimate alone" in front.choose(tables, 0, edge).rule
     none = front.choose(tables, 0, 0.001)
