@@ -87,6 +87,21 @@ def test_ragged_batches(sparsity: Sparsity) -> None:
     assert ran(found, "block_attention") and ran(found, "dense_attention")
 
 
+@pytest.mark.parametrize("query", ["first", "mean", "weighted", "max"])
+@pytest.mark.parametrize("score", ["mean", "bound", "gaussian"])
+def test_no_score_leaves_the_kernels(score: str, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever blocks are judged by, layers that retrieve wait in the queue like the others."""
+
+    def interrupted(*_: object) -> None:
+        raise AssertionError("torch operators chose the blocks")
+
+    monkeypatch.setattr(compiled_step, "chosen", interrupted)
+    sparsity = Sparsity(AttentionBudget(topk=3, score=score, query=query, gqa="max" if query == "mean" else "mean"))
+    expected, found = Pair.of("llama", sparsity, 2).rounds(sparsity)
+    same_counters(expected, found)
+    assert ran(found, "block_attention")
+
+
 def test_caches_hold_the_same() -> None:
     """Keys, values and block summaries after steps and rollbacks; nothing else was written."""
     sparsity = Sparsity(BLOCKS)
