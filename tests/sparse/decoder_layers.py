@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse.ops.decoder_layer import naive, native
+from sparse.ops.decoder_layer import naive, native, structures
 from sparse.ops.decoder_layer.native import PAGE
 from sparse.scoring import summarise_blocks
 from sparse.selection import Selection
@@ -205,7 +205,7 @@ class OneSequence:
 
 def segments_of(sequences: Sequence[OneSequence]) -> tuple[Any, list[Any]]:
     """The sequences for the kernels, and what must live as long."""
-    segments, first, keep = native.segments(len(sequences)), 0, []
+    segments, first, keep = structures.segments(len(sequences)), 0, []
     for segment, sequence in zip(segments, sequences, strict=True):
         keep.append(sequence.fill(segment, first))
         first += sequence.count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse.budget import AttentionBudget
-from sparse.ops.decoder_layer import naive, native
+from sparse.ops.decoder_layer import naive, native, structures
 from sparse.ops.decoder_layer.native import MIX, PAGE, PROJECT
 from sparse.scoring import block_scores
 from sparse.selection import Selection
@@ -223,7 +223,7 @@ CHOSEN = [
 
 
 @pytest.mark.parametrize("query", ["first", "mean", "weighted", "max"])
-@pytest.mark.parametrize("score", native.SCORES)
+@pytest.mark.parametrize("score", structures.SCORES)
 @pytest.mark.parametrize("gqa", ["mean", "max"])
 @pytest.mark.parametrize("start, count, kv_heads, groups, size, kept, sinks, window", CHOSEN)
 def test_the_kernel_chooses_the_best_blocks(
@@ -354,15 +354,15 @@ def test_jobs_run_together_as_one_by_one(dtype: torch.dtype, threads: int) -> No
         kept.append(keep)
         jobs.attend(half.layer, segments, block_size=16, keep=keep)
         jobs.feed_forward(feed.layer)
-    found, seconds = hidden.clone(), native.stage_seconds()
+    found, seconds = hidden.clone(), structures.stage_seconds()
     assert len(jobs) == 4
     jobs.run(found, seconds)
     assert len(jobs) == 0 and torch.equal(found, expected)
-    spent = dict(zip(native.STAGES, seconds, strict=True))
+    spent = dict(zip(structures.STAGES, seconds, strict=True))
     assert min(spent["linear"], spent["attention"], spent["ffn"]) > 0 and 0 <= spent["select"] < sum(seconds) / 2
     jobs.feed_forward(feeds[0].layer)
     jobs.run(found, seconds)
-    after = dict(zip(native.STAGES, seconds, strict=True))
+    after = dict(zip(structures.STAGES, seconds, strict=True))
     assert after["ffn"] > spent["ffn"] and after["attention"] == spent["attention"]
 
 

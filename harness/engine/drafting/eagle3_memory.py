@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from harness.engine.cache import PAGE, KVCache
 from harness.engine.model.eagle3 import Attend, Eagle3Head
-from sparse.ops.decoder_layer import native
+from sparse.ops.decoder_layer import native, structures
 
 _ROOM = 512
 """Positions that storage starts with."""
@@ -244,7 +244,7 @@ class CompiledMemory:
     ) -> None:
         """Queue the attention half."""
         assert self._cache is not None and self._attention is not None
-        shape, segments = self._head.shape, native.segments(1)
+        shape, segments = self._head.shape, structures.segments(1)
         segment = segments[0]
         segment.count, segment.start, segment.before = len(states), observed, done
         rows = native.padded_rows(len(states) * shape.heads // shape.kv_heads)

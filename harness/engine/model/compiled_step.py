@@ -25,7 +25,7 @@ from harness.engine.model.probe import AttentionView
 from harness.engine.model.step import Batch, Segment, Step
 from harness.engine.model.verification import Verification
 from sparse.budget import AttentionBudget
-from sparse.ops.decoder_layer import native
+from sparse.ops.decoder_layer import native, structures
 from sparse.ops.sparse_ffn import eager as ffn_op
 from sparse.selection import Selection
 from sparse.trace import NATIVE
@@ -140,7 +140,7 @@ class CompiledStep(Step):
             layer,
             segments,
             block_size=budget.block_size,
-            score=budget.score if budget.score in native.SCORES else "mean",
+            score=budget.score if budget.score in structures.SCORES else "mean",
             every_row=budget.query == "max",
             reduce_max=budget.gqa == "max",
         )
@@ -217,11 +217,11 @@ class CompiledStep(Step):
         """Run what waits in the queue."""
         if not len(self._jobs):
             return
-        seconds = None if run.trace.clock is None else native.stage_seconds()
+        seconds = None if run.trace.clock is None else structures.stage_seconds()
         run.trace.lap("linear")
         self._jobs.run(hidden, seconds)
         if seconds is not None:
-            run.trace.charge(dict(zip(native.STAGES, seconds, strict=True)))
+            run.trace.charge(dict(zip(structures.STAGES, seconds, strict=True)))
         for number, channels, width, rows in self._uncounted:
             run.trace.paths[ffn_op.FUSED_PATH] += 1
             count_channels(run.trace, number, width, int(channels[0]), rows)
@@ -238,7 +238,7 @@ class CompiledStep(Step):
         if self._sequences is not None and self._sequences.batch is batch:
             return self._sequences
         shape = self.weights.shape
-        groups, segments = shape.heads // shape.kv_heads, native.segments(len(batch.parts))
+        groups, segments = shape.heads // shape.kv_heads, structures.segments(len(batch.parts))
         counts = [(part.stop - part.start) * groups for _, part, _ in batch.parts]
         padded = [native.padded_rows(count) for count in counts]
         queries = torch.empty(sum(padded), shape.kv_heads * shape.head_dim, dtype=self.weights.dtype)
@@ -282,7 +282,7 @@ class CompiledStep(Step):
 
 def _covers(budget: AttentionBudget, layer: int) -> bool:
     """Whether the kernel chooses the blocks by itself."""
-    return budget.score in native.SCORES and budget.heads == "per_head" and not budget.low(layer)
+    return budget.score in structures.SCORES and budget.heads == "per_head" and not budget.low(layer)
 
 
 def _attend(segment: Any, choice: Choice) -> tuple[Tensor | None, ...]:

@@ -34,10 +34,6 @@ TILE_ROWS = 16
 """Rows are multiplied sixteen at a time; a head's queries are padded to a multiple."""
 PROJECT, MIX = 1, 2
 """Parts of the attention half."""
-STAGES = ("linear", "select", "attention", "ffn")
-"""Components whose seconds a call adds up, in the order of its array."""
-SCORES = ("mean", "bound", "gaussian")
-"""What blocks are judged by, numbered as in types.h."""
 
 _log = logging.getLogger(__name__)
 
@@ -236,7 +232,7 @@ class Jobs:
             layer: whose.
             segments: array of :data:`structures.Segment`, one per sequence, which own the tokens in order.
             block_size: positions per block, where segments attend to chosen blocks.
-            score: of :data:`SCORES`, what the kernel judges blocks by, for segments that have summaries.
+            score: of :data:`structures.SCORES`, what the kernel judges blocks by, for segments that have summaries.
             every_row: a block counts by the best score of all tokens, instead of that of the first token or, where the
                 segment has ``shares``, of the tokens' sum.
             reduce_max: scores of query heads that share a KV head count by their maximum instead of their mean.
@@ -253,7 +249,7 @@ class Jobs:
                 number=len(segments),
                 parts=parts,
                 block_size=block_size,
-                score=SCORES.index(score),
+                score=structures.SCORES.index(score),
                 every_row=every_row,
                 reduce_max=reduce_max,
             )
@@ -307,7 +303,7 @@ class Jobs:
 
         Args:
             hidden: [tokens, hidden], contiguous, changed in place.
-            seconds: array of doubles from :func:`stage_seconds` to add to; or None.
+            seconds: array of doubles from :func:`structures.stage_seconds` to add to; or None.
 
         Raises:
             MemoryError: no memory for the working set.
@@ -328,16 +324,6 @@ def fits(head_dim: int, dtype: torch.dtype, page: int) -> bool:
 def padded_rows(rows: int) -> int:
     """Rows that a head's queries take in :data:`structures.Segment`.queries, for ``rows`` tokens times query heads."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
-
-
-def stage_seconds() -> Any:
-    """An array that calls add their seconds to, one number per stage of :data:`STAGES`."""
-    return (ctypes.c_double * len(STAGES))()
-
-
-def segments(number: int) -> Any:
-    """An array of ``number`` empty segments."""
-    return (structures.Segment * number)()
 
 
 def available(dtype: torch.dtype) -> bool:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+STAGES = ("linear", "select", "attention", "ffn")
+"""Components whose seconds a call adds up, in the order of its array."""
+SCORES = ("mean", "bound", "gaussian")
+"""What blocks are judged by, numbered as in types.h."""
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -49,3 +53,13 @@ Job: Any = _structure(
 RUN: Any = [ctypes.c_int, POINTER, SIZE, SIZE, POINTER, POINTER]
 LINEAR: Any = [ctypes.c_int, POINTER, POINTER, FLOAT, POINTER, SIZE, POINTER]
 """Types of the arguments of the two functions."""
+
+
+def segments(number: int) -> Any:
+    """An array of ``number`` empty segments."""
+    return (Segment * number)()
+
+
+def stage_seconds() -> Any:
+    """An array that calls add their seconds to, one number per stage of :data:`STAGES`."""
+    return (ctypes.c_double * len(STAGES))()
